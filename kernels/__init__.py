@@ -1,0 +1,1 @@
+"""Kernel families: one file each, with its plain-torch reference."""

@@ -1,0 +1,85 @@
+"""lrcompile: replace a transformer's linear layers by low-rank pairs, in one word of a training script.
+
+The public names are loaded on first use, so that `import lrcompile` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lrcompile.errors import (
+        AdoptError,
+        CaptureError,
+        LrcompileError,
+        PassError,
+        PlanError,
+        RecipeError,
+        StateError,
+    )
+    from lrcompile.graph.capture import capture
+    from lrcompile.graph.inspect import Report, inspect
+    from lrcompile.recipe import Recipe
+    from lrcompile.weights.adopt import adopt, adopt_like, merge
+    from lrcompile.weights.plan import Plan
+    from lrcompile.weights.planner import plan
+    from lrcompile.weights.state import load, original_state_dict, save
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AdoptError": "errors",
+    "CaptureError": "errors",
+    "LrcompileError": "errors",
+    "PassError": "errors",
+    "PlanError": "errors",
+    "RecipeError": "errors",
+    "StateError": "errors",
+    "Recipe": "recipe",
+    "capture": "graph.capture",
+    "Report": "graph.inspect",
+    "inspect": "graph.inspect",
+    "Plan": "weights.plan",
+    "plan": "weights.planner",
+    "adopt": "weights.adopt",
+    "adopt_like": "weights.adopt",
+    "merge": "weights.adopt",
+    "original_state_dict": "weights.state",
+    "save": "weights.state",
+    "load": "weights.state",
+}
+
+__all__ = [
+    "AdoptError",
+    "CaptureError",
+    "LrcompileError",
+    "PassError",
+    "Plan",
+    "PlanError",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "StateError",
+    "adopt",
+    "adopt_like",
+    "capture",
+    "inspect",
+    "load",
+    "merge",
+    "original_state_dict",
+    "plan",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lrcompile' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(f"lrcompile.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,240 @@
+"""The torch.compile entry point: `torch.compile(model, backend="lrcompile", options={...})`.
+
+On an adopted model: program passes, then Inductor. On an untouched one it adopts by itself: the first call decides on the
+graph and returns a function that, when it first *runs*, adopts the owners of the parameters it is given (Dynamo is
+still building guards over the old parameters while the backend runs) and computes this one call on the new pairs; the
+guards fail on the next call, which is traced afresh.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lrcompile.errors import AdoptError, RecipeError
+from lrcompile.follow import follow, refuse_started
+from lrcompile.graph.capture import Capture, CapturedGraph, frame_goes_on, frame_modules
+from lrcompile.graph.names import plain_name
+from lrcompile.graph.pipeline import bind_weights, copy_graph, run_passes
+from lrcompile.live import Live
+from lrcompile.passes import PassContext, pass_list
+from lrcompile.recipe import Recipe
+from lrcompile.weights.adopt import adoption_line, factored, make_leaves, settle, settled
+from lrcompile.weights.layers import PairedModule, install_pair
+from lrcompile.weights.plan import Entry
+from lrcompile.weights.planner import check_globs, entry_of
+
+log = logging.getLogger("lrcompile")
+INNER = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The backend's own options, beside those of a Recipe.
+
+    Attributes:
+        inner: what compiles the lowered graph: "inductor", "aot_eager" or "eager".
+        inductor: options for Inductor, as torch.compile's own `options`.
+        adopt: False leaves an untouched model as it is and only runs the program passes.
+        verify: check every exact pass on the inputs of the first call (slow).
+    """
+
+    inner: str = "inductor"
+    inductor: dict[str, Any] | None = None
+    adopt: bool = True
+    verify: bool = False
+
+
+def parse_options(options: dict[str, Any] | None) -> tuple[Settings, Recipe]:
+    """Split torch.compile's options into the backend's and the Recipe's.
+
+    Raises:
+        RecipeError: an unknown option (the known ones are listed), a value out of range.
+    """
+    rest = dict(options or {})
+    own = {f.name: rest.pop(f.name) for f in fields(Settings) if f.name in rest}
+    recipe = rest.pop("recipe", None)
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise RecipeError(f"the option recipe takes a lrcompile.Recipe, got {type(recipe).__name__}")
+    if recipe is not None and rest:
+        raise RecipeError(f"put {', '.join(rest)} into the recipe, or leave the recipe out")
+    known = [f.name for f in fields(Recipe)]
+    unknown = sorted(set(rest) - set(known))
+    if unknown:
+        every = [*(f.name for f in fields(Settings)), "recipe", *known]
+        raise RecipeError(f"unknown option {', '.join(map(repr, unknown))}; known are {', '.join(every)}")
+    settings = Settings(**own)
+    if settings.inner not in INNER:
+        raise RecipeError(f"inner={settings.inner!r} is not known; choose from {', '.join(INNER)}")
+    if settings.inductor is not None and settings.inner != "inductor":
+        raise RecipeError(f"the option inductor has no effect with inner={settings.inner!r}")
+    return settings, recipe or Recipe.from_options(rest)
+
+
+def lrcompile(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend that torch.compile finds by its name.
+
+    Args:
+        gm: a Dynamo graph.
+        example_inputs: parameters (the real ones), buffers, inputs, ints.
+        options: `Settings` and Recipe fields, or `recipe=Recipe(...)`.
+        mode: torch.compile's, handed to Inductor.
+
+    Returns:
+        the compiled function.
+
+    Raises:
+        RecipeError, PlanError, PassError: before anything is changed.
+    """
+    settings, recipe = parse_options(options)
+    graph = CapturedGraph(gm, list(example_inputs), last=not frame_goes_on())
+    parameters = list(graph.parameters().values())
+    roots = frame_modules()
+    fresh = [p for p in parameters if not settled(p)]
+    if settings.adopt and fresh and not any(isinstance(m, PairedModule) for r in roots.values() for m in r.modules()):
+        names = _names(roots, recipe)
+        untouched = copy_graph(gm)
+        ctx = PassContext(recipe, device=_device(example_inputs))
+        bind_weights([graph], names, ctx)
+        decide = [p for p in pass_list(recipe, weights=True, program=False) if p.__name__ != "factorize"]
+        run_passes(Capture([graph], names), decide, ctx)
+        entries = {
+            i: entry_of(ctx.weights[node.meta["lr_weight"]])
+            for i, node in enumerate(graph.placeholders)
+            if node.meta.get("lr_weight") in ctx.weights
+        }
+        if any(e.rank is not None for e in entries.values()):
+            return _AdoptAtRun(untouched, entries, recipe, settings, mode)
+        settle(parameters)
+        return compile_program(CapturedGraph(untouched, graph.inputs), settings, recipe, mode)
+    return compile_program(graph, settings, recipe, mode)
+
+
+def compile_program(graph: CapturedGraph, settings: Settings, recipe: Recipe, mode: str | None) -> Callable[..., Any]:
+    """Program passes, then the inner compiler."""
+    ctx = PassContext(recipe, device=_device(graph.inputs))
+    run_passes(Capture([graph], {}), pass_list(recipe, weights=False), ctx, verify=settings.verify)
+    return _inner(graph.gm, graph.inputs, settings, mode)
+
+
+def _inner(gm: fx.GraphModule, inputs: list[Any], settings: Settings, mode: str | None) -> Callable[..., Any]:
+    if settings.inner == "eager":
+        return gm.forward
+    if settings.inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, inputs)  # type: ignore[no-any-return]
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **(settings.inductor or {})}
+    return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
+
+
+class _AdoptAtRun:
+    """What the backend returns for an untouched model.
+
+    Dynamo may enter it again with the parameters of another block or model of the same class, so nothing is remembered of
+    the parameters it was compiled with but their places among the arguments.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        entries: dict[int, Entry],
+        recipe: Recipe,
+        settings: Settings,
+        mode: str | None,
+    ) -> None:
+        self.gm, self.entries, self.recipe, self.settings, self.mode = gm, entries, recipe, settings, mode
+        self.dense: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        todo = {i: e for i, e in self.entries.items() if e.rank is not None and not settled(args[i])}
+        if not todo:  # decided elsewhere to stay dense: an ordinary compiled program
+            if self.dense is None:
+                own = {"inner": self.settings.inner, "inductor": self.settings.inductor, "adopt": False}
+                self.dense = torch.compile(self.gm, backend=lambda g, x: lrcompile(g, x, options=own, mode=self.mode))
+            return self.dense(*args)
+        pairs = _adopt_arguments(args, todo, self.entries, self.recipe)
+        values = list(args)
+        for i, (a, b) in pairs.items():
+            product = torch.matmul(b, a)
+            values[i] = product.t() if self.entries[i].stored_in_out else product
+        return self.gm.forward(*values)
+
+
+def _adopt_arguments(
+    args: Sequence[Any], todo: dict[int, Entry], seen: dict[int, Entry], recipe: Recipe
+) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:
+    """Adopt the owners of these parameters; everything is checked and computed before the first is touched."""
+    start = time.perf_counter()
+    live = Live.sweep()
+    owners = {i: _owners(args[i], e, live) for i, e in todo.items()}
+    refuse_started(live.optimizers, [args[i] for i in todo], [e.key for e in todo.values()])
+    made: dict[int, tuple[nn.Parameter, nn.Parameter, Entry]] = {}
+    for i, entry in todo.items():
+        a, b, error = make_leaves(args[i], entry, lambda w, e: factored(w, e, recipe.svd))
+        made[i] = (a, b, replace(entry, error=error))
+    top = live.top(owners[next(iter(owners))][0][0])
+    before = sum(p.numel() for p in top.parameters())
+    for i, (a, b, entry) in made.items():
+        for module, name in owners[i]:
+            install_pair(module, name, a, b, entry.stored_in_out, asdict(entry))
+    others = [p for p in args if isinstance(p, nn.Parameter) and id(p) not in {id(args[i]) for i in todo}]
+    settle([*others, *(leaf for a, b, _ in made.values() for leaf in (a, b))])
+    follow(live.optimizers, [(args[i], a, b) for i, (a, b, _) in made.items()], others)
+    after = sum(p.numel() for p in top.parameters())
+    done = [entry for _, _, entry in made.values()]
+    log.info(adoption_line(list(seen.values()), done, (before, after), time.perf_counter() - start))
+    return {i: (a, b) for i, (a, b, _) in made.items()}
+
+
+def _owners(parameter: nn.Parameter, entry: Entry, live: Live) -> list[tuple[nn.Module, str]]:
+    from torch.distributed.tensor import DTensor
+
+    fix = "call lrcompile.adopt(model, recipe, example_inputs) before"
+    if isinstance(parameter, DTensor):
+        raise AdoptError(f"{entry.key} is a DTensor (sharded): {fix} fully_shard")
+    owners = live.owners.get(id(parameter), [])
+    for module, _ in owners:
+        wrapper = live.wrapper_of(module)
+        if wrapper is not None:
+            raise AdoptError(f"{entry.key} is in the hands of {wrapper} already: {fix} wrapping the model")
+    if not owners:
+        raise AdoptError(f"no live module owns {entry.key}: {fix} torch.compile")
+    return owners
+
+
+def _names(roots: dict[str, nn.Module], recipe: Recipe) -> dict[int, tuple[str, ...]]:
+    """id(parameter) -> its names: as the compiled frame's module calls it, then as the outermost model does."""
+    live = Live.sweep()
+    names: dict[int, tuple[str, ...]] = {}
+    tops = {id(t): t for t in (live.top(root) for root in roots.values())}
+    for variable, root in roots.items():
+        prefix = f"{variable}." if len(roots) > 1 else ""
+        for name, p in root.named_parameters(remove_duplicate=False):
+            names[id(p)] = (*names.get(id(p), ()), prefix + plain_name(name))
+    for top in tops.values():
+        for name, p in top.named_parameters(remove_duplicate=False):
+            if plain_name(name) not in names.get(id(p), ()):
+                names[id(p)] = (*names.get(id(p), ()), plain_name(name))
+    if tops:
+        check_globs([*roots.values(), *tops.values()], recipe)
+    return names
+
+
+def _device(inputs: Sequence[Any]) -> str:
+    return next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")

@@ -1,0 +1,1 @@
+"""The measurements users run on their own machine: `lrcompile bench`."""

@@ -1,0 +1,1 @@
+"""Looking at graphs: capture, the pass pipeline, inspection."""

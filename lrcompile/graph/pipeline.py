@@ -1,0 +1,218 @@
+"""The pipeline: runs passes in order over the graphs of a model, keeps a snapshot of each, and can check them.
+
+Translation validation: with `verify=True`, every graph is run before and after each *exact* pass on the same inputs, and
+the outputs and gradients must agree to rounding; the pass that breaks them is named.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lrcompile.errors import PassError
+from lrcompile.graph.capture import Capture, CapturedGraph
+from lrcompile.passes import PassContext, PassFunction, PassResult, Weight
+from lrcompile.passes.graphs import fake_mode, value
+
+# Relative error above which two results are called different: about a thousand roundings.
+_ROUNDING = {torch.float64: 1e-11, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+@dataclass
+class Snapshot:
+    """One stage: the graphs as a pass left them.
+
+    Attributes:
+        name: of the pass; "capture" for the graphs as they came.
+        exact: whether the pass promises to keep the numerics.
+        graphs: one copy for each captured graph.
+        result: what it did, over all graphs.
+        seconds: it took.
+        verified: the largest relative difference seen by translation validation; None where it wasn't run.
+    """
+
+    name: str
+    exact: bool
+    graphs: list[fx.GraphModule]
+    result: PassResult = field(default_factory=PassResult)
+    seconds: float = 0.0
+    verified: float | None = None
+
+
+def bind_weights(graphs: Sequence[CapturedGraph], names: dict[int, tuple[str, ...]], ctx: PassContext) -> None:
+    """Tell the graphs' inputs which parameter of the model each is, and list those in the context."""
+    for graph in graphs:
+        for node, parameter in graph.parameters().items():
+            if parameter.dim() < 2 or id(parameter) not in names:
+                continue
+            key = names[id(parameter)][0]
+            node.meta["lr_weight"] = key
+            ctx.weights.setdefault(key, Weight(names[id(parameter)], tuple(parameter.shape), parameter.dtype))
+
+
+def run_passes(
+    captured: Capture,
+    passes: Sequence[PassFunction],
+    ctx: PassContext,
+    *,
+    snapshots: bool = False,
+    verify: bool = False,
+    values: Callable[[CapturedGraph, fx.GraphModule], list[Any]] | None = None,
+) -> list[Snapshot]:
+    """Run the passes over the captured graphs, in place.
+
+    Args:
+        captured: from `capture`.
+        passes: in order; each is run over all graphs before the next.
+        ctx: shared by them all.
+        snapshots: keep a copy of every graph after every pass.
+        verify: check the exact passes on the sample inputs.
+        values: the inputs to run a graph with, for verify; by default those it was captured with.
+
+    Returns:
+        a snapshot for each stage, "capture" first; their graphs are empty without `snapshots`.
+
+    Raises:
+        PassError: a pass raised, left a malformed graph, or claimed to be exact and wasn't; named.
+    """
+    values = values or (lambda graph, gm: graph.inputs)
+    stages = [Snapshot("capture", True, [copy_graph(g.gm) for g in captured.graphs] if snapshots else [])]
+    for function in passes:
+        name, exact = function.__name__, bool(function.exact)  # type: ignore[attr-defined]
+        stage = Snapshot(name, exact, [])
+        start = time.perf_counter()
+        for graph in captured.graphs:
+            before = copy_graph(graph.gm) if verify and exact else None
+            ctx.last = graph.last
+            done = _run_one(function, graph.gm, ctx)
+            stage.result.changed += done.changed
+            stage.result.notes += done.notes
+            if before is not None:
+                # Weight passes that decide only, and graphs left alone, have nothing to compare.
+                worst = compare(before, graph.gm, values(graph, graph.gm)) if done.changed else 0.0
+                stage.verified = max(stage.verified or 0.0, worst)
+                if worst > 1.0:
+                    raise PassError(
+                        f"pass {name!r} says it is exact, but outputs or gradients differ by {worst:.3g} times what "
+                        "rounding allows; fix the pass, or mark it exact=False"
+                    )
+        stage.seconds = time.perf_counter() - start
+        if snapshots:
+            stage.graphs = [copy_graph(g.gm) for g in captured.graphs]
+        stages.append(stage)
+    return stages
+
+
+def _run_one(function: PassFunction, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+    from lrcompile.errors import LrcompileError
+
+    name = function.__name__
+    try:
+        done = function(gm, ctx)
+        gm.graph.lint()
+        gm.recompile()
+    except LrcompileError:
+        raise
+    except Exception as error:
+        raise PassError(f"pass {name!r} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(done, PassResult):
+        raise PassError(f"pass {name!r} returned {type(done).__name__}; a pass returns a PassResult")
+    return done
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """An independent copy of a graph and its sub-graphs; tensors and fake values are shared."""
+    memo: dict[int, Any] = {}
+    for module in gm.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            memo[id(tensor)] = tensor
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, {}, return_output_node=True)
+    assert isinstance(output, tuple)
+    graph.output(output[0]).meta.update(gm.graph.output_node().meta)
+    root = nn.Module()
+    for key, child in gm._modules.items():
+        root._modules[key] = copy_graph(child) if isinstance(child, fx.GraphModule) else child
+    for key, item in gm.__dict__.items():
+        if isinstance(item, torch.Tensor) and not key.startswith("_"):
+            setattr(root, key, item)
+    for key, tensor in (*gm._buffers.items(), *gm._parameters.items()):
+        setattr(root, key, tensor)
+    new = fx.GraphModule(root, graph)
+    new.meta.update(gm.meta)
+    return new
+
+
+def compare(before: fx.GraphModule, after: fx.GraphModule, inputs: list[Any]) -> float:
+    """The largest difference of outputs and gradients between two graphs, in units of what rounding explains (1.0)."""
+    left, right = _run_with_gradients(before, inputs), _run_with_gradients(after, inputs)
+    if len(left) != len(right):
+        return float("inf")
+    floats = [t for t in left if t is not None and t.is_floating_point()]
+    # A gradient that is zero in exact arithmetic (a key bias under softmax) holds only rounding: measure it by its peers.
+    typical = max((float(t.double().abs().mean()) for t in floats), default=0.0)
+    worst = 0.0
+    for a, b in zip(left, right, strict=True):
+        if a is None or b is None:
+            worst = max(worst, 0.0 if a is b else float("inf"))
+        elif a.shape != b.shape or a.dtype != b.dtype:
+            return float("inf")
+        elif not a.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(a, b) else float("inf"))
+        else:
+            a, b = a.double(), b.double()
+            if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
+                return float("inf")
+            # Infinities (masked logits) were just found to stand in the same places.
+            a, b = (torch.where(torch.isfinite(t), t, torch.zeros_like(t)) for t in (a, b))
+            allowed = _ROUNDING[_precision(left)] * float(a.norm() + 1e-3 * typical * a.numel() ** 0.5)
+            gap = float((a - b).norm())
+            worst = max(worst, gap / allowed if allowed > 0 else (0.0 if gap == 0 else float("inf")))
+    return worst
+
+
+def _precision(tensors: list[torch.Tensor | None]) -> torch.dtype:
+    kinds = [t.dtype for t in tensors if t is not None and t.dtype in _ROUNDING]
+    return max(kinds, key=lambda d: _ROUNDING[d], default=torch.float32)
+
+
+def _run_with_gradients(gm: fx.GraphModule, inputs: list[Any]) -> list[torch.Tensor | None]:
+    """Outputs and the gradients of every floating input, with the random stream restarted."""
+    leaves: list[torch.Tensor] = []
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or x.is_meta:
+            return x
+        x = x.detach().clone()
+        if x.is_floating_point():
+            leaves.append(x.requires_grad_(True))
+        return x
+
+    fresh = [leaf(x) for x in inputs]
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(0)
+        out = gm(*[x * 1 if isinstance(x, torch.Tensor) and x.requires_grad else x for x in fresh])
+        outputs = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        targets = [t for t in outputs if t.requires_grad and t.is_floating_point()]
+        generator = torch.Generator().manual_seed(1)
+        if not targets:
+            return [t.detach() for t in outputs]
+        seeds = [torch.randn(t.shape, generator=generator).to(t) for t in targets]
+        gradients = torch.autograd.grad(targets, leaves, seeds, allow_unused=True)
+    return [*(t.detach() for t in outputs), *gradients]
+
+
+def fake_inputs(gm: fx.GraphModule) -> list[Any]:
+    """The fake values that a graph was traced with, to run it without computing."""
+    return [value(node) for node in gm.graph.find_nodes(op="placeholder")]
+
+
+def run_on_fakes(gm: fx.GraphModule, run: Callable[[list[Any]], Any]) -> Any:
+    """Call `run` with the graph's fake inputs, under the fake mode they belong to."""
+    with fake_mode(gm):
+        return run(fake_inputs(gm))

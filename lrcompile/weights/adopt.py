@@ -1,0 +1,270 @@
+"""adopt(): write a Plan into a model, in place; and back."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lrcompile.errors import AdoptError, PlanError
+from lrcompile.graph.capture import Inputs
+from lrcompile.graph.names import plain_name
+from lrcompile.recipe import Recipe
+from lrcompile.weights.factor import svd_pair
+from lrcompile.weights.layers import PairedModule, dense_weight, install_pair, read_extra_state, remove_pairs
+from lrcompile.weights.plan import Entry, Plan
+from lrcompile.weights.planner import plan, refuse_adopted
+
+log = logging.getLogger("lrcompile")
+M = TypeVar("M", bound=nn.Module)
+
+# Parameters that a Plan was written over, left dense on purpose: the backend must not plan them again.
+_settled: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
+
+
+def settled(parameter: nn.Parameter) -> bool:
+    """Whether a Plan has already decided about this very parameter."""
+    return _settled.get(id(parameter)) is parameter
+
+
+def settle(parameters: Sequence[nn.Parameter]) -> None:
+    """Remember that a Plan has decided about these."""
+    for p in parameters:
+        _settled[id(p)] = p
+
+
+def adopt(model: M, plan_or_recipe: Plan | Recipe, example_inputs: Inputs | None = None) -> M:
+    """Replace the planned weights by pairs, in place. Do it before the optimizer, DDP and `fully_shard`.
+
+    The model stays ordinary PyTorch: the same module objects with leaves `weight_a` (rank, in_features) and
+    `weight_b` (out_features, rank), of the dtype, device and requires_grad of the weight they replace. The
+    factors are a truncated SVD of the present weights, computed one weight at a time: peak memory is the model plus one
+    weight. On the `meta` device the shapes are made and nothing is computed.
+
+    Args:
+        model: not adopted, not wrapped.
+        plan_or_recipe: a Plan of this model, or a Recipe to plan by.
+        example_inputs: as for `plan`; only with a Recipe.
+
+    Returns:
+        the same model.
+
+    Raises:
+        PlanError: the Plan belongs to another model (the first difference is named).
+        AdoptError: adopted already, sharded or wrapped already, NaN or Inf in a weight (named).
+    """
+    start = time.perf_counter()
+    if isinstance(plan_or_recipe, Recipe):
+        if example_inputs is None:
+            raise AdoptError(
+                "adopting by a Recipe needs example inputs: lrcompile.adopt(model, recipe, example_inputs)"
+            )
+        refuse_wrapped(model)
+        the_plan = plan(model, example_inputs, plan_or_recipe)
+    elif isinstance(plan_or_recipe, Plan):
+        if example_inputs is not None:
+            raise AdoptError("example inputs go with a Recipe; a Plan has its decisions already")
+        the_plan = plan_or_recipe
+    else:
+        raise AdoptError(f"adopt takes a Plan or a Recipe, got {type(plan_or_recipe).__name__}")
+    refuse_adopted(model)
+    refuse_wrapped(model)
+    the_plan.check(model)
+    method = str(the_plan.recipe.get("svd", "auto"))
+    write_plan(model, the_plan, lambda w, e: factored(w, e, method))
+    log.info(adoption_line(the_plan.entries, plan_of(model).pairs, the_plan.parameters, time.perf_counter() - start))
+    return model
+
+
+def adoption_line(seen: Sequence[Entry], pairs: Sequence[Entry], parameters: tuple[int, int], seconds: float) -> str:
+    """The one line that is logged: sites, parameters, compression, mean relative weight error, seconds."""
+    linears = [e for e in seen if e.tokens]
+    before, after = sum(e.dense_numel for e in pairs), sum(e.numel for e in pairs)
+    errors = [e.error for e in pairs if e.error is not None]
+    mean = f"{sum(errors) / len(errors):.3f}" if errors else "not computed"
+    return (
+        f"adopted {len(pairs)} of {len(linears)} linear weights: {before:,} -> {after:,} numbers "
+        f"({before / after if after else 1:.2f}x), all parameters {parameters[0]:,} -> {parameters[1]:,}, "
+        f"mean relative weight error {mean}, {seconds:.1f} s"
+    )
+
+
+Factor = Callable[[nn.Parameter, Entry], tuple[torch.Tensor, torch.Tensor, float | None]]
+
+
+def write_plan(model: nn.Module, the_plan: Plan, factor: Factor) -> None:
+    """Install every pair of a Plan, each in all the modules that share its weight. Nothing is changed on an error."""
+    owners: dict[str, list[tuple[nn.Module, str]]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=True):
+        for name in module._parameters:
+            owners.setdefault(plain_name(f"{module_name}.{name}" if module_name else name), []).append((module, name))
+    made: list[tuple[Entry, list[tuple[nn.Module, str]], nn.Parameter, nn.Parameter]] = []
+    for entry in the_plan.pairs:
+        held = [place for name in entry.names for place in owners.get(name, [])]
+        if not held:
+            raise AdoptError(f"{entry.key} is no parameter of its own module; exclude it")
+        weight = held[0][0]._parameters[held[0][1]]
+        assert weight is not None
+        a, b, error = make_leaves(weight, entry, factor)
+        made.append((replace(entry, error=error), held, a, b))
+    for entry, held, a, b in made:
+        for module, name in held:
+            install_pair(module, name, a, b, entry.stored_in_out, asdict(entry))
+    settle(list(model.parameters()))
+
+
+def make_leaves(weight: nn.Parameter, entry: Entry, factor: Factor) -> tuple[nn.Parameter, nn.Parameter, float | None]:
+    """The two leaves that replace a weight: ordinary tensors, whatever modes the caller is in."""
+    device = weight.device.type
+    plain = nullcontext() if weight.is_meta else torch.autocast(device, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), plain:
+        a, b, error = factor(weight, entry)
+        leaves = [nn.Parameter(t, requires_grad=weight.requires_grad) for t in (a, b)]
+    return leaves[0], leaves[1], error
+
+
+def factored(weight: nn.Parameter, entry: Entry, method: str) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+    """weight_a, weight_b and the relative error of a weight's pair; shapes only on the `meta` device."""
+    if weight.is_meta:
+        return empty_pair(weight, entry)
+    assert entry.rank is not None
+    matrix = weight.detach().T if entry.stored_in_out else weight.detach()
+    pair = svd_pair(matrix, entry.rank, method, entry.key)
+    return pair.weight_a, pair.weight_b, pair.error
+
+
+def empty_pair(weight: torch.Tensor, entry: Entry) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+    """Leaves of the right shape, to be filled by load_state_dict."""
+    assert entry.rank is not None
+    a = torch.zeros(entry.rank, entry.in_features, dtype=weight.dtype, device=weight.device)
+    b = torch.zeros(entry.out_features, entry.rank, dtype=weight.dtype, device=weight.device)
+    return a, b, entry.error
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise AdoptError where the parameters are in somebody's hands already: DTensors, FSDP, DDP."""
+    from torch.distributed.tensor import DTensor
+
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise AdoptError(
+                f"{name or 'the model'} is wrapped in {kind} already; call lrcompile.adopt(model, ...) before wrapping it"
+            )
+    for name, p in model.named_parameters():
+        if isinstance(p, DTensor):
+            raise AdoptError(f"{name} is a DTensor (sharded); call lrcompile.adopt(model, ...) before fully_shard")
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The Plan that an adopted model carries in its modules."""
+    entries: dict[int, Entry] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    size: dict[str, int] = {}
+    names: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        paired = module.lr_pairs if isinstance(module, PairedModule) else {}
+        for name, p in module._parameters.items():
+            stem = name[:-2] if name[:-2] in paired and name[-2:] in ("_a", "_b") else name
+            full = plain_name(f"{module_name}.{stem}" if module_name else stem)
+            if p is None or full in shapes:
+                continue
+            told = (
+                Entry(**{**paired[stem], "names": (), "shape": tuple(paired[stem]["shape"])})
+                if stem in paired
+                else None
+            )
+            shapes[full] = told.shape if told else tuple(p.shape)
+            size[full] = p.element_size()
+            names.setdefault(id(p), []).append(full)
+            if told:
+                entries.setdefault(id(p), told)
+    found = [replace(e, names=tuple(names[key])) for key, e in entries.items()]
+    tied = [tuple(group) for group in names.values() if len(group) > 1]
+    return Plan(found, shapes, tied, size)
+
+
+def adopt_like(model: M, state_dict: dict[str, Any]) -> M:
+    """Give a model the pairs that a saved state has, so that `load_state_dict` fits. Nothing is computed.
+
+    Args:
+        model: the untouched model the script builds, also inside torch.compile's or DDP's wrapper.
+        state_dict: from `model.state_dict()` of an adopted model; wrappers' prefixes don't matter.
+
+    Raises:
+        StateError, AdoptError, PlanError: the state holds no Plan, or it doesn't fit the model.
+    """
+    refuse_adopted(model)
+    pairs: dict[str, dict[str, Any]] = {}
+    for key, item in state_dict.items():
+        if key.endswith("_extra_state"):
+            for name, told in (read_extra_state(item) or {}).items():
+                pairs[_bare(key.removesuffix("_extra_state")) + name] = told
+    if not pairs:
+        raise AdoptError("the state holds no lrcompile Plan: it was not saved from an adopted model, load it as it is")
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    groups: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for name, p in module._parameters.items():
+            full = _bare(f"{module_name}.{name}" if module_name else name)
+            places.setdefault(full, []).append((module, name))
+            groups.setdefault(id(p), []).append(full)
+    refuse_wrapped(getattr(model, "_orig_mod", model))
+    todo: list[tuple[Entry, list[tuple[nn.Module, str]], nn.Parameter]] = []
+    done: set[int] = set()
+    for full, told in pairs.items():
+        if full not in places:
+            raise PlanError(
+                f"the state's Plan belongs to another model: it factors {full!r}, this model has no such parameter"
+            )
+        module, name = places[full][0]
+        weight = module._parameters[name]
+        entry = Entry(**{**told, "names": tuple(told["names"]), "shape": tuple(told["shape"])})
+        if weight is None or tuple(weight.shape) != entry.shape:
+            raise PlanError(
+                f"the state's Plan belongs to another model: {full!r} is {entry.shape} there, {None if weight is None else tuple(weight.shape)} here"
+            )
+        if id(weight) not in done:
+            done.add(id(weight))
+            todo.append((entry, [p for n in groups[id(weight)] for p in places[n]], weight))
+    for entry, held, weight in todo:
+        a, b, error = make_leaves(weight, entry, empty_pair)
+        for module, name in dict.fromkeys(held):
+            install_pair(module, name, a, b, entry.stored_in_out, asdict(replace(entry, error=error)))
+    settle(list(model.parameters()))
+    return model
+
+
+def _bare(name: str) -> str:
+    """A name without the prefixes of torch.compile and DDP."""
+    return plain_name(name).removeprefix("module.")
+
+
+def merge(model: M) -> M:
+    """Back to dense modules, in place: every weight becomes the product that it read, its class the one it had.
+
+    Raises:
+        AdoptError: nothing of the model is adopted.
+    """
+    adopted = [m for m in model.modules() if isinstance(m, PairedModule)]
+    if not adopted:
+        raise AdoptError("the model is not adopted; there is nothing to merge")
+    made: dict[int, nn.Parameter] = {}
+    for module in adopted:
+        dense = {}
+        for name, _ in module.lr_names:
+            leaf = module._parameters[f"{name}_a"]  # type: ignore[attr-defined]
+            if id(leaf) not in made:
+                with torch.inference_mode(False), torch.no_grad():
+                    product = dense_weight(module, name).contiguous()  # type: ignore[arg-type]
+                made[id(leaf)] = nn.Parameter(product, requires_grad=leaf.requires_grad)
+            dense[name] = made[id(leaf)]
+        remove_pairs(module, dense)  # type: ignore[arg-type]
+    return model

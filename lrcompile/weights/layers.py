@@ -1,0 +1,153 @@
+"""The eager form of an adopted module: the same object, its class swapped for one whose weight is a pair.
+
+Swapping the class in place keeps everything else as it was: hooks, buffers, mode, references from elsewhere. A weight
+`name` becomes the leaves `name_a` (rank, in_features) and `name_b` (out_features, rank); reading `module.name` still
+gives the dense weight, computed. Linear and Conv1D get a forward of two thin products; any other module keeps its own
+forward, which reads the computed weight (and the `reassociate` pass turns that into thin products when compiled).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrcompile.errors import StateError
+from lrcompile.kernels.lowrank_linear import reference
+
+MAGIC = "lrcompile/1"
+
+
+class PairedModule:
+    """Mixed into the class of every adopted module.
+
+    Attributes:
+        lr_base: the class it had.
+        lr_names: its factored parameters, as (name, stored_in_out).
+        lr_pairs: name -> what the Plan said of it (JSON-able), kept on the instance.
+    """
+
+    lr_base: type[nn.Module]
+    lr_names: tuple[tuple[str, bool], ...]
+    lr_pairs: dict[str, dict[str, Any]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickle finds classes by name, and this one is made on the fly: make it again.
+        state = self.__getstate__() if hasattr(self, "__getstate__") else dict(self.__dict__)
+        return _rebuild, (self.lr_base, self.lr_names), state
+
+    def get_extra_state(self) -> Any:
+        text = json.dumps({"format": MAGIC, "pairs": self.lr_pairs}, sort_keys=True)
+        plan = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).clone()
+        if self.lr_base.get_extra_state is nn.Module.get_extra_state:
+            return plan
+        return {"lrcompile": plan, "base": self.lr_base.get_extra_state(self)}  # type: ignore[arg-type]
+
+    def set_extra_state(self, state: Any) -> None:
+        pairs = read_extra_state(state)
+        ranks = {name: pair["rank"] for name, pair in (pairs or {}).items()}
+        if pairs is None or ranks != {name: pair["rank"] for name, pair in self.lr_pairs.items()}:
+            raise StateError(
+                f"the state holds {ranks or 'no pair'} where this module has "
+                f"{ {n: p['rank'] for n, p in self.lr_pairs.items()} }; adopt the model with lrcompile.adopt_like(model, state) first"
+            )
+        self.lr_pairs = pairs
+        if isinstance(state, dict):
+            self.lr_base.set_extra_state(self, state["base"])  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        ranks = ", ".join(f"{name}: rank {pair['rank']}" for name, pair in self.lr_pairs.items())
+        base = self.lr_base.extra_repr(self)  # type: ignore[arg-type]
+        return f"{base}, {ranks}" if base else ranks
+
+
+def read_extra_state(state: Any) -> dict[str, dict[str, Any]] | None:
+    """The pairs told by a module's extra state; None where it is not ours."""
+    if isinstance(state, dict):
+        state = state.get("lrcompile")
+    if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8 or state.dim() != 1 or state.is_meta:
+        return None
+    try:
+        content = json.loads(bytes(state.cpu().tolist()).decode())
+    except ValueError:
+        return None
+    return content["pairs"] if isinstance(content, dict) and content.get("format") == MAGIC else None
+
+
+def dense_weight(module: nn.Module, name: str) -> torch.Tensor:
+    """The product that `module.name` reads, in the layout it was stored in."""
+    return getattr(module, name)  # type: ignore[no-any-return]
+
+
+def _product(name: str, stored_in_out: bool) -> property:
+    a, b = f"{name}_a", f"{name}_b"
+
+    def read(self: Any) -> torch.Tensor:
+        product = torch.matmul(getattr(self, b), getattr(self, a))
+        return product.t() if stored_in_out else product
+
+    return property(read)
+
+
+def _linear_forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+    return reference(input, self.weight_a, self.weight_b, self.bias)
+
+
+# Modules whose whole forward is one product, by name: nothing optional is imported to know them.
+_THIN_FORWARDS: dict[str, Callable[..., torch.Tensor]] = {
+    "torch.nn.modules.linear.Linear.forward": _linear_forward,
+    "transformers.pytorch_utils.Conv1D.forward": _linear_forward,
+}
+
+
+@functools.cache
+def paired_class(base: type[nn.Module], names: tuple[tuple[str, bool], ...]) -> type[nn.Module]:
+    """The subclass of `base` whose parameters `names` are pairs; the same class for the same arguments."""
+    members: dict[str, Any] = {"lr_base": base, "lr_names": names, "__module__": base.__module__}
+    members |= {name: _product(name, stored) for name, stored in names}
+    thin = _THIN_FORWARDS.get(f"{base.forward.__module__}.{base.forward.__qualname__}")
+    if thin is not None and [name for name, _ in names] == ["weight"]:
+        members["forward"] = thin
+    return type(f"LowRank{base.__name__}", (PairedModule, base), members)
+
+
+def _rebuild(base: type[nn.Module], names: tuple[tuple[str, bool], ...]) -> nn.Module:
+    cls = paired_class(base, names)
+    return cls.__new__(cls)
+
+
+def install_pair(
+    module: nn.Module, name: str, a: nn.Parameter, b: nn.Parameter, stored_in_out: bool, told: dict[str, Any]
+) -> None:
+    """Turn one parameter of a module into a pair, keeping its place in the order of parameters."""
+    if isinstance(module, PairedModule):
+        base, names, pairs = module.lr_base, module.lr_names, dict(module.lr_pairs)
+    else:
+        base, names, pairs = type(module), (), {}
+    replaced: dict[str, nn.Parameter | None] = {}
+    for key, parameter in module._parameters.items():
+        replaced |= {f"{name}_a": a, f"{name}_b": b} if key == name else {key: parameter}
+    module._parameters.clear()
+    module._parameters.update(replaced)
+    module.lr_pairs = {**pairs, name: told}  # type: ignore[assignment]
+    module.__class__ = paired_class(base, (*names, (name, stored_in_out)))
+
+
+def remove_pairs(module: nn.Module, dense: dict[str, nn.Parameter]) -> None:
+    """The inverse of install_pair, for all the pairs of a module at once: `dense` maps names to new parameters."""
+    assert isinstance(module, PairedModule)
+    replaced: dict[str, nn.Parameter | None] = {}
+    for key, parameter in module._parameters.items():
+        stem, side = key[:-2], key[-2:]
+        if stem in dense and side == "_a":
+            replaced[stem] = dense[stem]
+        elif not (stem in dense and side == "_b"):
+            replaced[key] = parameter
+    module._parameters.clear()
+    module._parameters.update(replaced)
+    del module.__dict__["lr_pairs"]
+    module.__class__ = module.lr_base

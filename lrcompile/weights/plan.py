@@ -1,0 +1,221 @@
+"""The Plan: what the weight passes decided for every weight of a model, and whose Plan it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lrcompile.errors import PlanError
+from lrcompile.graph.names import parameter_names
+
+FORMAT = "lrcompile-plan/1"
+
+
+@dataclass
+class Entry:
+    """One weight.
+
+    Attributes:
+        names: its names in the model, tied names together.
+        shape: as stored.
+        dtype: as stored when planned, "float32".
+        stored_in_out: stored (in_features, out_features), as Conv1D's, else (out_features, in_features).
+        rank: of its pair; None where it stays dense.
+        reason: why it stays dense.
+        tokens: rows multiplied in one call on the example inputs, over all uses.
+        error: relative Frobenius error of the pair, once adopted; None before.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    stored_in_out: bool = False
+    rank: int | None = None
+    reason: str = ""
+    tokens: int = 0
+    error: float | None = None
+
+    @property
+    def key(self) -> str:
+        return self.names[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[1] if self.stored_in_out else self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[0] if self.stored_in_out else self.shape[1]
+
+    @property
+    def dense_numel(self) -> int:
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+    @property
+    def numel(self) -> int:
+        """Numbers after adoption."""
+        return self.dense_numel if self.rank is None else self.rank * (self.out_features + self.in_features)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of one forward on the example inputs: 2 per multiply-add."""
+        return 2 * self.tokens * self.numel
+
+
+@dataclass
+class Plan:
+    """What becomes of a model's weights.
+
+    Attributes:
+        entries: every weight that the graphs multiply with or look up, planned or left dense.
+        model: name -> shape of every parameter of the model: the fingerprint, readable.
+        tied: groups of names that share one parameter.
+        bytes_per_number: name -> bytes of one number as stored when planned.
+        recipe: what was asked for (`Recipe.to_dict()`).
+        breaks: where the trace broke, as Dynamo tells it.
+    """
+
+    entries: list[Entry]
+    model: dict[str, tuple[int, ...]]
+    tied: list[tuple[str, ...]] = field(default_factory=list)
+    bytes_per_number: dict[str, int] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    breaks: list[str] = field(default_factory=list)
+
+    @property
+    def pairs(self) -> list[Entry]:
+        return [e for e in self.entries if e.rank is not None]
+
+    @property
+    def compression(self) -> float:
+        """Numbers in the factored weights before, over those after; 1 where nothing is factored."""
+        after = sum(e.numel for e in self.pairs)
+        return sum(e.dense_numel for e in self.pairs) / after if after else 1.0
+
+    def _totals(self) -> tuple[int, int, int, int]:
+        skipped = {name for group in self.tied for name in group[1:]}
+        before = {n: _numel(shape) for n, shape in self.model.items() if n not in skipped}
+        after = dict(before)
+        for e in self.pairs:
+            after[e.key] = e.numel
+        size = {n: self.bytes_per_number.get(n, 4) for n in before}
+        return (
+            sum(before.values()),
+            sum(after.values()),
+            sum(before[n] * size[n] for n in before),
+            sum(after[n] * size[n] for n in after),
+        )
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Numbers in the whole model, before and after."""
+        return self._totals()[:2]
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Bytes of the whole model's parameters, before and after."""
+        return self._totals()[2:]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, shapes and ties of the model it belongs to."""
+        text = json.dumps([sorted((n, list(s)) for n, s in self.model.items()), sorted(map(list, self.tied))])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse another model.
+
+        Raises:
+            PlanError: naming the first difference.
+        """
+        shapes, tied = describe(model)
+        for name, shape in self.model.items():
+            if name not in shapes:
+                raise PlanError(f"this Plan belongs to another model: it has a parameter {name!r}, this model has none")
+            if shapes[name] != shape:
+                raise PlanError(f"this Plan belongs to another model: {name!r} is {shape} there, {shapes[name]} here")
+        for name in shapes:
+            if name not in self.model:
+                raise PlanError(
+                    f"this Plan belongs to another model: this one has a parameter {name!r}, the Plan's has none"
+                )
+        if sorted(tied) != sorted(self.tied):
+            odd = sorted(set(tied) ^ set(self.tied))[0]
+            raise PlanError(f"this Plan belongs to another model: {' = '.join(odd)} are tied in one of them only")
+
+    def to_json(self) -> str:
+        """Readable JSON, with the fingerprint."""
+        body = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)}
+        return json.dumps(body, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """A Plan from its JSON.
+
+        Raises:
+            PlanError: not JSON, not a Plan, or altered since it was written.
+        """
+        try:
+            body = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"not a Plan: {error}") from error
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            raise PlanError(f"not a Plan of this version of lrcompile (its format is not {FORMAT!r})")
+        try:
+            plan = cls(
+                entries=[
+                    Entry(**{**e, "names": tuple(e["names"]), "shape": tuple(e["shape"])}) for e in body["entries"]
+                ],
+                model={n: tuple(s) for n, s in body["model"].items()},
+                tied=[tuple(group) for group in body["tied"]],
+                bytes_per_number=body["bytes_per_number"],
+                recipe=body["recipe"],
+                breaks=body["breaks"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"a Plan with a missing or unknown part: {error}") from error
+        if plan.fingerprint != body.get("fingerprint"):
+            raise PlanError("the Plan's model description was altered: its fingerprint doesn't match")
+        for e in plan.entries:
+            _check_entry(e)
+        return plan
+
+    def __str__(self) -> str:
+        lines = [
+            f"{e.key}: " + (f"rank {e.rank}" if e.rank is not None else f"dense, {e.reason}") for e in self.entries
+        ]
+        before, after = self.parameters
+        lines.append(
+            f"{len(self.pairs)} of {len(self.entries)} weights become pairs, {self.compression:.2f}x; "
+            f"whole model {before:,} -> {after:,} numbers, {before / after:.2f}x"
+        )
+        return "\n".join(lines)
+
+
+def describe(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], list[tuple[str, ...]]]:
+    """(name -> shape of every parameter, groups of tied names) of a model that isn't adopted."""
+    groups = parameter_names(model)
+    by_id = {id(p): p for p in model.parameters()}
+    shapes = {name: tuple(by_id[key].shape) for key, names in groups.items() for name in names}
+    return shapes, [names for names in groups.values() if len(names) > 1]
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _check_entry(e: Entry) -> None:
+    if e.rank is None:
+        return
+    if len(e.shape) != 2 or not isinstance(e.rank, int) or not 1 <= e.rank <= min(e.shape):
+        raise PlanError(f"{e.key}: rank {e.rank} doesn't fit a weight of shape {e.shape}")

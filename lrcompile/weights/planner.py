@@ -1,0 +1,98 @@
+"""plan(): capture a model, let the weight passes decide, write it down."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lrcompile.errors import AdoptError, PlanError
+from lrcompile.graph.capture import Capture, Inputs, capture
+from lrcompile.graph.names import plain_name
+from lrcompile.graph.pipeline import bind_weights, run_passes
+from lrcompile.passes import PassContext, Weight, pass_list
+from lrcompile.recipe import Recipe
+from lrcompile.weights.layers import PairedModule
+from lrcompile.weights.plan import Entry, Plan, describe
+
+
+def plan(model: nn.Module, example_inputs: Inputs, recipe: Recipe | None = None) -> Plan:
+    """What would become of the model's weights. Touches nothing; works on the `meta` device.
+
+    Args:
+        model: not adopted yet.
+        example_inputs: a tuple of positional arguments or a dict of keyword arguments, as the model is called.
+        recipe: what is asked for; `Recipe()` where left out.
+
+    Raises:
+        CaptureError: the inputs don't fit.
+        PlanError: no linear weight, a glob that matches nothing, a rank or budget out of reach.
+        AdoptError: the model is adopted already.
+    """
+    recipe = recipe or Recipe()
+    refuse_adopted(model)
+    captured = capture(model, example_inputs)
+    ctx = context_for(model, captured, recipe)
+    run_passes(
+        captured,
+        [p for p in pass_list(recipe, weights=True, program=False) if p.__name__ != "factorize"],
+        ctx,
+    )
+    return plan_from(model, ctx, captured)
+
+
+def context_for(model: nn.Module, captured: Capture, recipe: Recipe) -> PassContext:
+    """The context of the weight passes over a whole model.
+
+    Raises:
+        PlanError: a glob that matches no parameter or module of the model.
+    """
+    check_globs(model, recipe)
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    ctx = PassContext(recipe, device=device)
+    bind_weights(captured.graphs, captured.names, ctx)
+    seen = {id(p) for g in captured.graphs for p in g.parameters().values() if p.dim() >= 2}
+    ctx.other_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in seen)
+    return ctx
+
+
+def plan_from(model: nn.Module, ctx: PassContext, captured: Capture) -> Plan:
+    """Write down what the passes decided.
+
+    Raises:
+        PlanError: the graphs hold no product with a weight.
+    """
+    if not any(set(w.kinds) - {"embedding"} for w in ctx.weights.values()):
+        raise PlanError(
+            f"{type(model).__name__} has no linear weight that its graph multiplies with; there is nothing to factor"
+        )
+    shapes, tied = describe(model)
+    size = {plain_name(n): p.element_size() for n, p in model.named_parameters(remove_duplicate=False)}
+    entries = [entry_of(w) for w in ctx.weights.values()]
+    return Plan(entries, shapes, tied, size, ctx.recipe.to_dict(), captured.breaks)
+
+
+def refuse_adopted(model: nn.Module) -> None:
+    """Raise AdoptError where a part of the model is adopted already."""
+    for name, module in model.named_modules():
+        if isinstance(module, PairedModule):
+            raise AdoptError(
+                f"{name or type(module).__name__} is adopted already; lrcompile.merge(model) gives the dense model back"
+            )
+
+
+def check_globs(model: nn.Module | list[nn.Module], recipe: Recipe) -> None:
+    """Raise PlanError for an include or exclude glob that matches no parameter and no module of the model (or models)."""
+    models = model if isinstance(model, list) else [model]
+    names = [plain_name(n) for m in models for n, _ in m.named_parameters(remove_duplicate=False)]
+    probe = Weight(tuple(names), (1, 1), torch.float32)
+    for option in ("include", "exclude"):
+        for glob in getattr(recipe, option):
+            if not probe.matches(glob):
+                some = ", ".join(sorted({n.rpartition(".")[0] for n in names if "." in n})[:5]) or ", ".join(names[:5])
+                raise PlanError(f"{option}={glob!r} matches no module and no parameter; the model has {some}, …")
+
+
+def entry_of(w: Weight) -> Entry:
+    """What the Plan says of a weight."""
+    reason = "" if w.rank is not None else w.reason or "not read by a matrix product"
+    return Entry(w.names, w.shape, str(w.dtype).removeprefix("torch."), w.stored_in_out, w.rank, reason, w.tokens)

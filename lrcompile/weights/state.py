@@ -1,0 +1,243 @@
+"""Saved state: a directory of safetensors and the Plan as JSON, and the dense state dict of an adopted model.
+
+A directory appears under its name whole or not at all: everything is written beside it, flushed, and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lrcompile.errors import PlanError, StateError
+from lrcompile.graph.names import plain_name
+from lrcompile.weights.adopt import empty_pair, plan_of, refuse_wrapped, write_plan
+from lrcompile.weights.layers import PairedModule, dense_weight
+from lrcompile.weights.plan import Plan
+from lrcompile.weights.planner import refuse_adopted
+
+M = TypeVar("M", bound=nn.Module)
+FORMAT = "lrcompile-model/1"
+WEIGHTS, INDEX = "model.safetensors", "lrcompile.json"
+
+
+def original_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
+    """The state dict with the dense keys and shapes back, in their order: loadable into the untouched model.
+
+    Every pair becomes the product weight_b @ weight_a in its dtype. Shared weights are one tensor under all their names.
+    """
+    pairs: dict[str, tuple[nn.Module, str]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PairedModule):
+            for name, _ in module.lr_names:
+                pairs[f"{module_name}.{name}" if module_name else name] = (module, name)
+    products: dict[int, torch.Tensor] = {}
+    dense: OrderedDict[str, Any] = OrderedDict()
+    for key, item in model.state_dict().items():
+        stem, side = key[:-2], key[-2:]
+        owner = key.removesuffix("_extra_state").removesuffix(".")
+        if key.endswith("_extra_state") and isinstance(model.get_submodule(owner), PairedModule):
+            if isinstance(item, dict):
+                dense[key] = item["base"]
+        elif stem in pairs and side == "_a":
+            module, name = pairs[stem]
+            leaf = id(module._parameters[f"{name}_a"])
+            if leaf not in products:
+                with torch.no_grad():
+                    products[leaf] = dense_weight(module, name).detach().contiguous()
+            dense[stem] = products[leaf]
+        elif not (stem in pairs and side == "_b"):
+            dense[key] = item
+    return dense
+
+
+def save(model: nn.Module, dir: str | os.PathLike[str]) -> None:
+    """Save an adopted model: `model.safetensors` (every tensor once) and `lrcompile.json` (Plan, aliases, checksum).
+
+    The directory appears whole under its name; one that lrcompile wrote before is replaced, anything else is refused.
+
+    Raises:
+        StateError: the name is taken by something else, the model is not adopted, or it holds no values (meta).
+    """
+    model = getattr(model, "_orig_mod", model)
+    the_plan = plan_of(model)
+    if not the_plan.pairs:
+        raise StateError("the model is not adopted; save a dense model with safetensors or torch.save")
+    target = Path(dir)
+    if (
+        target.is_symlink()
+        or target.is_file()
+        or (target.is_dir() and any(target.iterdir()) and not (target / INDEX).is_file())
+    ):
+        raise StateError(f"{target} exists and was not saved by lrcompile; choose another name")
+    tensors, aliases = _unique_tensors(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        save_file(tensors, work / WEIGHTS, metadata={"format": FORMAT})
+        index = {
+            "format": FORMAT,
+            "sha256": _sha256(work / WEIGHTS),
+            "bytes": (work / WEIGHTS).stat().st_size,
+            "aliases": aliases,
+            "plan": the_plan.to_json(),
+        }
+        index["checksum"] = _checksum(index)
+        (work / INDEX).write_text(json.dumps(index, indent=1))
+        for path in (work / WEIGHTS, work / INDEX, work):
+            _flush(path)
+        os.chmod(work, 0o777 & ~_umask())
+        if target.exists():
+            # Two renames: a crash between them leaves the old directory whole under the second name.
+            old = work.with_suffix(".replaced")
+            os.rename(target, old)
+            os.rename(work, target)
+            shutil.rmtree(old)
+        else:
+            os.rename(work, target)
+        _flush(target.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def load(dir: str | os.PathLike[str], model: M) -> M:
+    """Adopt the saved Plan and load the saved tensors into an untouched model; nothing is computed.
+
+    Args:
+        dir: written by `save`.
+        model: the dense model of the same class and sizes; also on the `meta` device, which is then filled.
+
+    Returns:
+        the same model.
+
+    Raises:
+        StateError: the directory is missing, foreign, truncated or altered, or doesn't fit the model.
+        AdoptError: the model is adopted already.
+    """
+    refuse_adopted(model)
+    refuse_wrapped(model)
+    folder = Path(dir)
+    index = _read_index(folder)
+    _check_weights(folder, index)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+        the_plan = Plan.from_json(index["plan"])
+    except (SafetensorError, PlanError) as error:
+        raise StateError(f"{folder} can't be read: {error}") from error
+    for name, source in index["aliases"].items():
+        tensors[name] = tensors[source]
+    # Everything is checked before the model is touched.
+    try:
+        the_plan.check(model)
+    except PlanError as error:
+        raise StateError(f"{folder} is of another model: {str(error).split(': ', 1)[-1]}") from error
+    on_meta = [n for n, b in model.named_buffers() if b.is_meta and n not in tensors]
+    if on_meta:
+        raise StateError(f"{on_meta[0]} is a buffer on the meta device that no file holds; build the model on the CPU")
+    meta = any(p.is_meta for p in model.parameters())
+    write_plan(model, the_plan, empty_pair)
+    try:
+        model.load_state_dict(tensors, strict=True, assign=meta)
+    except RuntimeError as error:
+        raise StateError(f"{folder} doesn't fit {type(model).__name__}: {error}") from error
+    if meta:
+        _tie_again(model, the_plan)
+    return model
+
+
+def _unique_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Every tensor of the state once, contiguous, and alias -> name for the rest."""
+    unique: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, item in model.state_dict().items():
+        if not isinstance(item, torch.Tensor):
+            raise StateError(f"{name} of the state is no tensor and can't be saved safely")
+        if item.is_meta:
+            raise StateError(f"{name} is on the meta device and holds no values; give the model values first")
+        name = plain_name(name)
+        place = (item.data_ptr(), item.device, item.dtype, item.shape, item.stride())
+        if item.numel() and place in first:
+            aliases[name] = first[place]
+        else:
+            first[place] = name
+            unique[name] = item.detach().contiguous().clone()
+    return unique, aliases
+
+
+def _tie_again(model: nn.Module, the_plan: Plan) -> None:
+    """Assigning gave every name a parameter of its own: share again what the Plan says is tied."""
+    by_name = dict(model.named_modules(remove_duplicate=False))
+    for group in the_plan.tied:
+        factored = group[0] in {n for e in the_plan.pairs for n in e.names}
+        for side in ("_a", "_b") if factored else ("",):
+            owner, _, leaf = f"{group[0]}{side}".rpartition(".")
+            shared = by_name[owner]._parameters[leaf]
+            for name in group[1:]:
+                owner, _, leaf = f"{name}{side}".rpartition(".")
+                by_name[owner]._parameters[leaf] = shared
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise StateError(f"there is no directory {folder}")
+    if not (folder / INDEX).is_file():
+        raise StateError(f"{folder} was not saved by lrcompile: it has no {INDEX}")
+    try:
+        index = json.loads((folder / INDEX).read_text())
+    except ValueError as error:
+        raise StateError(f"{folder / INDEX} is truncated or altered: {error}") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise StateError(f"{folder} was not saved by this version of lrcompile (its format is not {FORMAT!r})")
+    if index.get("checksum") != _checksum(index):
+        raise StateError(f"{folder / INDEX} was altered since it was saved: its checksum doesn't match")
+    return index
+
+
+def _check_weights(folder: Path, index: dict[str, Any]) -> None:
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise StateError(f"{folder} lacks {WEIGHTS}; copy the whole directory again")
+    size = weights.stat().st_size
+    if size != index["bytes"]:
+        raise StateError(f"{weights} is truncated: {size} of {index['bytes']} bytes; copy it again")
+    if _sha256(weights) != index["sha256"]:
+        raise StateError(f"{weights} was altered since it was saved: its checksum doesn't match; copy it again")
+
+
+def _checksum(index: dict[str, Any]) -> str:
+    body = {k: v for k, v in index.items() if k != "checksum"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,119 @@
+"""What a pass is: `def name(gm, ctx) -> PassResult`, marked exact or approximating.
+
+A pass reads the context, rewrites the graph, and says what it touched. It knows no other pass. It recurses into the
+sub-graphs of higher-order ops (`lrcompile.passes.graphs.scopes`) and leaves what it doesn't understand alone, saying so in `notes`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from lrcompile.recipe import Recipe
+
+
+@dataclass
+class Weight:
+    """One parameter that the graphs multiply with: what the weight passes decide about, once for all its uses.
+
+    Attributes:
+        names: its names in the model, tied names together; the first is the key.
+        shape, dtype: as stored.
+        stored_in_out: whether it is stored (in_features, out_features), as Conv1D's; else (out_features, in_features).
+        kinds: how each use spelled the product ("linear", "addmm", "embedding", ...).
+        tokens: rows multiplied in one call of the model, over all uses.
+        head: whether the graph looks like a use as output head.
+        selected: whether a pair is wanted; `reason` says why not.
+        rank: the pair's rank, None where the weight stays dense.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stored_in_out: bool = False
+    kinds: list[str] = field(default_factory=list)
+    tokens: int = 0
+    head: bool = False
+    selected: bool = False
+    reason: str = ""
+    rank: int | None = None
+
+    @property
+    def key(self) -> str:
+        return self.names[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[1] if self.stored_in_out else self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[0] if self.stored_in_out else self.shape[1]
+
+    @property
+    def numel(self) -> int:
+        return self.out_features * self.in_features
+
+    def pair_numel(self, rank: int) -> int:
+        """Numbers in a pair of this rank: rank * (in_features + out_features)."""
+        return rank * (self.out_features + self.in_features)
+
+    def matches(self, glob: str) -> bool:
+        """Whether a glob matches one of its names or the module that owns it."""
+        owners = (name.rpartition(".")[0] for name in self.names)
+        return any(fnmatch.fnmatchcase(n, glob) for n in (*self.names, *owners))
+
+
+@dataclass
+class PassContext:
+    """What passes know and decide together.
+
+    Attributes:
+        recipe: what the user asked for.
+        weights: key -> Weight, filled by canonicalize over all graphs, decided by select and allocate_ranks.
+        other_bytes: bytes of all parameters of the model that are no Weight here; None where unknown.
+        device: where the lowered graph will run ("cpu", "cuda", "meta").
+        last: whether the graph at hand is the last of the model's call.
+    """
+
+    recipe: Recipe
+    weights: dict[str, Weight] = field(default_factory=dict)
+    other_bytes: int | None = None
+    device: str = "cpu"
+    last: bool = True
+
+
+@dataclass
+class PassResult:
+    """What a pass did: one line a change ("blocks.0.fc: 768x3072 -> rank 232"), and what it left alone and why."""
+
+    changed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+PassFunction = Callable[[fx.GraphModule, PassContext], PassResult]
+
+
+def graph_pass(
+    *, exact: bool, after: str = "reassociate", weight_pass: bool = False
+) -> Callable[[PassFunction], PassFunction]:
+    """Mark a function as a pass.
+
+    Args:
+        exact: it keeps the numerics up to rounding; the pipeline checks that when asked to verify.
+        after: the built-in pass that a user's pass is run after.
+        weight_pass: it decides what weights become, and is run once, when planning; else it rewrites the program and is
+            run at every compilation.
+    """
+
+    def mark(function: PassFunction) -> PassFunction:
+        function.exact = exact  # type: ignore[attr-defined]
+        function.after = after  # type: ignore[attr-defined]
+        function.weight_pass = weight_pass  # type: ignore[attr-defined]
+        return function
+
+    return mark

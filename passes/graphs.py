@@ -1,0 +1,282 @@
+"""What every pass needs of a graph: its sub-graphs, its sites, and a way to write new nodes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+linear_fn = torch._C._nn.linear  # what Dynamo writes for F.linear
+
+# --- scopes: a graph and the sub-graphs of its higher-order ops -------------------------------------------------------
+
+
+@dataclass
+class Scope:
+    """One graph or sub-graph, and where its placeholders come from.
+
+    Attributes:
+        gm: the graph module.
+        calls: the nodes in the parent that run it, with the position of its first operand in their args; empty at the top.
+        parent: the scope of those nodes.
+    """
+
+    gm: fx.GraphModule
+    parent: Scope | None = None
+    calls: list[tuple[fx.Node, int]] = field(default_factory=list)
+
+    @cached_property
+    def placeholders(self) -> list[fx.Node]:
+        return self.gm.graph.find_nodes(op="placeholder")
+
+    def root(self, node: fx.Node) -> fx.Node | None:
+        """The top graph's placeholder behind a placeholder of this scope; None where calls differ or it is computed."""
+        if node.op != "placeholder":
+            return None
+        if self.parent is None:
+            return node
+        index = self.placeholders.index(node)
+        roots = set()
+        for call, first in self.calls:
+            operand = call.args[first + index]
+            roots.add(self.parent.root(operand) if isinstance(operand, fx.Node) else None)
+        return roots.pop() if len(roots) == 1 else None
+
+    def add_operand(self, root: fx.Node) -> fx.Node:
+        """Make a placeholder of the top graph readable here, handing it down through every call."""
+        if self.parent is None:
+            return root
+        above = self.parent.add_operand(root)
+        for call, _ in self.calls:
+            call.args = (*call.args, above)
+        last = self.placeholders[-1]
+        with self.gm.graph.inserting_after(last):
+            node = self.gm.graph.placeholder(root.name)
+        node.meta.update(root.meta)
+        self.__dict__.pop("placeholders")
+        return node
+
+
+def scopes(gm: fx.GraphModule, notes: list[str] | None = None) -> Iterator[Scope]:
+    """The graph itself, then the bodies of its higher-order ops, outer before inner."""
+    yield from _scopes(Scope(gm), notes)
+
+
+def _scopes(scope: Scope, notes: list[str] | None) -> Iterator[Scope]:
+    yield scope
+    bodies: dict[str, Scope] = {}
+    for node in scope.gm.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        held = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"]
+        held = [i for i in held if isinstance(getattr(scope.gm, str(node.args[i].target), None), fx.GraphModule)]
+        if not held:
+            continue
+        name = str(node.args[held[-1]].target)
+        body = getattr(scope.gm, name)
+        count = len(body.graph.find_nodes(op="placeholder"))
+        operands = node.args[held[-1] + 1 :]
+        if len(held) == 1 and len(operands) >= count:
+            bodies.setdefault(name, Scope(body, scope)).calls.append((node, len(node.args) - count))
+        elif notes is not None:
+            notes.append(f"{node.name}: the body of {node.target} is left as it is (its operands are not understood)")
+    for body in bodies.values():
+        yield from _scopes(body, notes)
+
+
+# --- small tools for rewriting ----------------------------------------------------------------------------------------
+
+
+def value(node: Any) -> Any:
+    """The fake value of a node, or the constant itself."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def emit(scope: Scope, before: fx.Node, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+    """Insert a call before a node, with its fake value computed and provenance taken from `like` (or `before`)."""
+    graph = scope.gm.graph
+    with graph.inserting_before(before):
+        if isinstance(target, str):
+            node = graph.call_method(target, args, kwargs)
+        else:
+            node = graph.call_function(target, args, kwargs)
+    for tag in ("nn_module_stack", "source_fn_stack", "stack_trace"):
+        if tag in (like or before).meta:
+            node.meta[tag] = (like or before).meta[tag]
+    node.meta["example_value"] = _evaluate(node)
+    return node
+
+
+def _evaluate(node: fx.Node) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    mode = detect_fake_mode(torch.utils._pytree.tree_leaves((args, kwargs)))
+    assert mode is not None, "a captured graph carries fake values"
+    with mode:
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+
+def fake_mode(gm: fx.GraphModule) -> FakeTensorMode:
+    """The mode a captured graph was traced under."""
+    mode = detect_fake_mode([v for n in gm.graph.nodes if isinstance(v := value(n), torch.Tensor)])
+    assert mode is not None, "a captured graph carries fake values"
+    return mode
+
+
+def module_name(node: fx.Node) -> str:
+    """The module that a node was traced in, as the model names it ("layers.0.mlp")."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    for head in ("L['self'].", "L['fn'].", "L['self']", "L['fn']"):
+        path = path.removeprefix(head)
+    return path.replace("_modules['", "").replace("']", "").replace("._orig_mod", "")
+
+
+@dataclass
+class Chain:
+    """How a matrix in the graph was made from one or two leaves: `leaf` or `left @ right`, then `steps`, in order.
+
+    steps are ("t",), ("cast", node) or ("rows", node): transposed, converted, or part of the rows taken.
+    """
+
+    source: fx.Node
+    steps: list[tuple[str, fx.Node]]
+
+    @property
+    def transposed(self) -> bool:
+        return sum(kind == "t" for kind, _ in self.steps) % 2 == 1
+
+
+_CASTS = {"to", "float", "half", "bfloat16", "double", "type", "contiguous", "type_as", "clone"}
+_TRANSPOSES = {"t", "transpose", "swapaxes", "permute"}
+_SPLITS = {"chunk", "split", "tensor_split", "unbind"}
+_ATTRIBUTES = {"T", "mT"}
+
+
+def trace_matrix(node: fx.Node) -> Chain:
+    """Walk back from a matrix operand through transposes, casts and row slices to what it was made from."""
+    steps: list[tuple[str, fx.Node]] = []
+    while True:
+        kind, source = _step(node)
+        if kind == "" or source is None:
+            return Chain(node, steps[::-1])
+        steps.append((kind, node))
+        node = source
+
+
+def _step(node: fx.Node) -> tuple[str, fx.Node | None]:
+    if node.op not in ("call_method", "call_function") or not node.args or not isinstance(node.args[0], fx.Node):
+        return "", None
+    source = node.args[0]
+    matrix = value(source)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.target is getattr and node.args[1] in _ATTRIBUTES and _is_matrix(matrix):
+        return "t", source
+    if node.target is operator.getitem:
+        if isinstance(matrix, (tuple, list)) and source.args and isinstance(source.args[0], fx.Node):
+            split_name = source.target if isinstance(source.target, str) else getattr(source.target, "__name__", "")
+            dim = source.kwargs.get("dim", source.args[2] if len(source.args) > 2 else 0)
+            whole = source.args[0]
+            if split_name in _SPLITS - {"unbind"} and dim == 0 and _is_matrix(value(whole)):
+                return "rows", whole
+        if _is_matrix(matrix) and isinstance(node.args[1], slice) and not _has_nodes(node.args[1]):
+            return "rows", source
+        return "", None
+    if not (_is_matrix(matrix) and _is_matrix(value(node))):
+        return "", None
+    out = value(node)
+    if name in _TRANSPOSES and out.shape == matrix.shape[::-1] and out.stride() == matrix.stride()[::-1]:
+        return "t", source
+    if name in _CASTS and out.shape == matrix.shape and out.device == matrix.device:
+        return "cast", source
+    return "", None
+
+
+def _is_matrix(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.dim() == 2
+
+
+def _has_nodes(s: slice) -> bool:
+    return any(isinstance(v, fx.Node) for v in (s.start, s.stop, s.step))
+
+
+@dataclass
+class Site:
+    """One matrix product with a weight in it, in canonical form: F.linear(x, matrix, bias), or an embedding lookup."""
+
+    scope: Scope
+    node: fx.Node
+    chain: Chain
+    kind: str
+
+    @property
+    def x(self) -> fx.Node:
+        return self.node.args[0]  # type: ignore[return-value]
+
+    @property
+    def leaf(self) -> fx.Node | None:
+        """The top graph's placeholder that the weight comes from; None where it is computed."""
+        return self.scope.root(self.chain.source)
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def sites(gm: fx.GraphModule) -> Iterator[Site]:
+    """The canonical products of a graph and its sub-graphs whose matrix operand is a tensor of the graph."""
+    for scope in scopes(gm):
+        for node in list(scope.gm.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if node.target in (linear_fn, F.linear):
+                yield Site(
+                    scope,
+                    node,
+                    trace_matrix(argument(node, 1, "weight")),
+                    node.meta.get("lr_spelling", "linear"),
+                )
+            elif node.target is F.embedding:
+                yield Site(scope, node, trace_matrix(argument(node, 1, "weight")), "embedding")
+
+
+def is_parameter(scope: Scope, node: fx.Node) -> bool:
+    """Whether a placeholder was given a parameter of the model."""
+    root = scope.root(node)
+    return root is not None and isinstance(value(root), torch.nn.Parameter)
+
+
+def pair_product(scope: Scope, node: fx.Node) -> bool:
+    """Whether a node is weight_b @ weight_a of two parameters: what an adopted module's `weight` reads."""
+    is_matmul = node.op == "call_function" and node.target is torch.matmul
+    return is_matmul and all(isinstance(a, fx.Node) and is_parameter(scope, a) for a in node.args[:2])
+
+
+def pair_of(site: Site) -> int | None:
+    """The rank, where a site is the second of two thin products of a pair."""
+    inner = site.x
+    if (
+        site.kind == "embedding"
+        or not isinstance(inner, fx.Node)
+        or inner.target is not linear_fn
+        or len(inner.users) != 1
+    ):
+        return None
+    first = trace_matrix(argument(inner, 1, "weight")).source
+    if not (is_parameter(site.scope, site.chain.source) and is_parameter(site.scope, first)):
+        return None
+    rank, width = value(inner).shape[-1], min(value(site.node).shape[-1], value(inner.args[0]).shape[-1])
+    return int(rank) if rank <= width else None

@@ -1,0 +1,54 @@
+"""select: which weights get a pair. Decides only; the graph stays as it is (exact)."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from lrcompile.errors import PlanError
+from lrcompile.passes.contract import PassContext, PassResult, Weight, graph_pass
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@graph_pass(exact=True, weight_pass=True)
+def select(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+    """Mark the weights of this graph that are to become pairs; every other one says why it stays dense.
+
+    Raises:
+        PlanError: a selected weight is not stored in a floating type.
+    """
+    result = PassResult()
+    for node in gm.graph.find_nodes(op="placeholder"):
+        weight = ctx.weights.get(node.meta.get("lr_weight", ""))
+        if weight is None or not weight.kinds:
+            continue
+        weight.reason = _why_dense(weight, ctx)
+        weight.selected = not weight.reason
+        if weight.selected and weight.dtype not in _FLOATS:
+            raise PlanError(
+                f"{weight.key} is stored as {weight.dtype}: a pair needs a floating weight. "
+                f"Leave it out with exclude=[{weight.key!r}], or convert it to bfloat16 or float32 first."
+            )
+        line = f"{weight.key}: {'selected' if weight.selected else 'dense, ' + weight.reason}"
+        (result.changed if weight.selected else result.notes).append(line)
+    return result
+
+
+def _why_dense(weight: Weight, ctx: PassContext) -> str:
+    recipe = ctx.recipe
+    if not any(weight.matches(glob) for glob in recipe.include):
+        return "not included"
+    excluded = [glob for glob in recipe.exclude if weight.matches(glob)]
+    if excluded:
+        return f"excluded by {excluded[0]!r}"
+    named = any(weight.matches(g) and not set("*?[") & set(g.rpartition(".")[2]) for g in recipe.include)
+    if "embedding" in weight.kinds and not named:
+        return "an embedding" if set(weight.kinds) == {"embedding"} else "tied to an embedding"
+    if weight.head and not named:
+        return "an output head"
+    if len(weight.shape) != 2:
+        return f"{len(weight.shape)}-dimensional"
+    if recipe.require_saving and weight.pair_numel(1) >= weight.numel:
+        return f"a pair of rank 1 would hold {weight.pair_numel(1)} numbers, not fewer than {weight.numel}"
+    return ""

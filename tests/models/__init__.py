@@ -1,0 +1,1 @@
+"""Real architectures, tiny and random, and two pretrained models from their packages."""

