@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 
 def reference(
-    x: torch.Tensor, weight_a: torch.Tensor, weight_b: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+    x: Float[Tensor, "*batch in_features"],
+    weight_a: Float[Tensor, "rank in_features"],
+    weight_b: Float[Tensor, "out_features rank"],
+    bias: Float[Tensor, " out_features"] | None = None,
+) -> Float[Tensor, "*batch out_features"]:
     """Two thin products in plain torch, the oracle of every kernel of this family.
 
     Args:

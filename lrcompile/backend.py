@@ -171,7 +171,8 @@ class _AdoptAtRun:
         pairs = _adopt_arguments(args, todo, self.entries, self.recipe)
         values = list(args)
         for i, (a, b) in pairs.items():
-            product = torch.matmul(b, a)
+            with torch.autocast(a.device.type, enabled=False):  # the graph may leave autocast before it reads this
+                product = torch.matmul(b, a)
             values[i] = product.t() if self.entries[i].stored_in_out else product
         return self.gm.forward(*values)
 

@@ -8,6 +8,7 @@ the new leaves: that is noticed when they have had gradients for three steps and
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -26,14 +27,39 @@ _hooked = False
 def refuse_started(
     optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[nn.Parameter], names: Sequence[str]
 ) -> None:
-    """Raise AdoptError where an optimizer has state (momenta) for a parameter that is about to go."""
+    """Raise AdoptError where an optimizer has stepped (has momenta) for a parameter that is about to go."""
     for optimizer in optimizers:
         for p, name in zip(parameters, names, strict=True):
-            if optimizer.state.get(p):
+            state = optimizer.state.get(p)
+            if state and _initial(state) is None:
                 raise AdoptError(
-                    f"{type(optimizer).__name__} holds state for {name} already, which has no meaning for the pair that replaces "
-                    "it; call lrcompile.adopt(model, recipe, example_inputs) before the first optimizer step"
+                    f"{type(optimizer).__name__} holds state for {name} already, which has no meaning for the pair that "
+                    "replaces it; call lrcompile.adopt(model, recipe, example_inputs) before the first optimizer step"
                 )
+
+
+def _initial(state: dict[str, Any]) -> dict[str, Any] | None:
+    """State made before any step (Adagrad fills its sums when built): each tensor's one value; None where it has stepped."""
+    if "step" not in state or float(state["step"]) != 0:
+        return None
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.numel()}
+    if any(bool((v != v.flatten()[0]).any()) for v in tensors.values()):
+        return None
+    return {k: v.flatten()[0] if k in tensors else v for k, v in state.items()}
+
+
+def _start(optimizer: torch.optim.Optimizer, old: nn.Parameter, leaves: Sequence[nn.Parameter]) -> None:
+    """Give the leaves the initial state that the old parameter had, in their shapes."""
+    old_state = optimizer.state.pop(old, None)
+    values = _initial(old_state) if old_state else None
+    for leaf in leaves if values and old_state else ():
+        assert values is not None and old_state is not None
+        optimizer.state[leaf] = {
+            k: torch.full_like(leaf, float(values[k]), dtype=v.dtype, requires_grad=False)
+            if isinstance(v, torch.Tensor) and v.shape == old.shape
+            else (v.clone() if isinstance(v, torch.Tensor) else v)
+            for k, v in old_state.items()
+        }
 
 
 def follow(
@@ -50,7 +76,7 @@ def follow(
     """
     global _hooked
     for old, a, b in replaced:
-        _pairs[id(old)] = (weakref.ref(old, lambda _, key=id(old): _forget(key)), a, b)
+        _pairs[id(old)] = (weakref.ref(old, functools.partial(_forget, id(old))), a, b)
     for optimizer in optimizers:
         _replace(optimizer)
     if not _hooked:
@@ -62,7 +88,7 @@ def follow(
         _Watch([leaf for _, leaf in trained], [*others, *{id(old): old for old, _ in trained}.values()])
 
 
-def _forget(key: int) -> None:
+def _forget(key: int, _: Any) -> None:
     entry = _pairs.get(key)
     if entry is not None and entry[0]() is None:  # the id may belong to a newer parameter by now
         del _pairs[key]
@@ -80,6 +106,8 @@ def _replace(optimizer: torch.optim.Optimizer) -> None:
         if not hits:
             continue
         refuse_started([optimizer], hits, [f"a replaced weight of shape {tuple(p.shape)}" for p in hits])
+        for p in hits:
+            _start(optimizer, p, _pair(p) or ())
         held = {id(p) for p in parameters}
         new: list[nn.Parameter] = []
         for p in parameters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,8 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 linear_fn = torch._C._nn.linear  # what Dynamo writes for F.linear
 
@@ -117,9 +117,7 @@ def emit(scope: Scope, before: fx.Node, target: Any, *args: Any, like: fx.Node |
 
 def _evaluate(node: fx.Node) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-    mode = detect_fake_mode(torch.utils._pytree.tree_leaves((args, kwargs)))
-    assert mode is not None, "a captured graph carries fake values"
-    with mode:
+    with mode_of((args, kwargs)):
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)
@@ -128,7 +126,16 @@ def _evaluate(node: fx.Node) -> Any:
 
 def fake_mode(gm: fx.GraphModule) -> FakeTensorMode:
     """The mode a captured graph was traced under."""
-    mode = detect_fake_mode([v for n in gm.graph.nodes if isinstance(v := value(n), torch.Tensor)])
+    return mode_of([value(node) for node in gm.graph.nodes])
+
+
+def mode_of(tree: Any) -> FakeTensorMode:
+    """The fake mode of the fake tensors among these values.
+
+    Not torch's `detect_fake_mode`: while a backend runs, that one answers with the mode prepared for what compiles next.
+    """
+    modes = (v.fake_mode for v in torch.utils._pytree.tree_leaves(tree) if isinstance(v, FakeTensor))
+    mode = next(modes, None)
     assert mode is not None, "a captured graph carries fake values"
     return mode
 
@@ -138,9 +145,7 @@ def module_name(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = list(stack.values())[-1][0]
-    for head in ("L['self'].", "L['fn'].", "L['self']", "L['fn']"):
-        path = path.removeprefix(head)
+    path = re.sub(r"^[LG]\['\w+'\]\.?", "", list(stack.values())[-1][0])  # without the frame's variable
     return path.replace("_modules['", "").replace("']", "").replace("._orig_mod", "")
 
 

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from lrcompile.passes.graphs import Scope, value
+from lrcompile.passes.graphs import Scope, mode_of, value
 
 _QUERIES = {"dim", "size", "__get__", "is_floating_point", "is_nested", "numel", "stride", "is_contiguous"}
 
@@ -103,7 +102,10 @@ class _Recorder(TorchFunctionMode):
 
 
 def open_attention(scope: Scope, node: fx.Node) -> None:
-    """Replace an F.multi_head_attention_forward node by the nodes of its body. Raises what the body raises."""
+    """Replace an F.multi_head_attention_forward node by the nodes of its body.
+
+    Raises what the body raises (under dynamic shapes torch can't fake every op of it); the graph is then as it was.
+    """
     function: Any = node.target
     # The same code, told that no argument overrides torch functions: the mode must see the calls inside, not itself.
     names = {**function.__globals__, "has_torch_function": lambda *_: False}
@@ -113,12 +115,17 @@ def open_attention(scope: Scope, node: fx.Node) -> None:
     for operand in node.all_input_nodes:
         recorder.bind(value(operand), operand)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-    mode = detect_fake_mode(tree_leaves((args, kwargs)))
-    assert mode is not None, "a node of a captured graph carries fake values"
-    with mode, recorder:
-        out = body(*args, **kwargs)
-    with scope.gm.graph.inserting_before(node):
-        results = tree_map(recorder._to_node, out)
+    present = set(scope.gm.graph.nodes)
+    try:
+        with mode_of((args, kwargs)), recorder:
+            out = body(*args, **kwargs)
+        with scope.gm.graph.inserting_before(node):
+            results = tree_map(recorder._to_node, out)
+    except Exception:
+        for written in reversed(scope.gm.graph.nodes):
+            if written not in present:
+                scope.gm.graph.erase_node(written)
+        raise
     for user in list(node.users):  # getitem nodes: the op returns (output, weights)
         item = results[user.args[1]]
         if isinstance(item, fx.Node):  # else None: no weights were asked for, and nothing reads them

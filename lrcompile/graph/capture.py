@@ -7,6 +7,7 @@ The only file that touches private Dynamo names. Parameters enter a Dynamo graph
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,8 +77,9 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
         the graphs, in order.
 
     Raises:
-        CaptureError: the inputs don't fit the model, or nothing of it could be traced.
+        CaptureError: the inputs don't fit the model, nothing of it could be traced, or torch is older than 2.11.
     """
+    check_torch()
     if not isinstance(model, nn.Module):
         raise CaptureError(f"a model is an nn.Module, got {type(model).__name__}")
     args, kwargs = split_inputs(example_inputs)
@@ -91,7 +93,7 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
         graphs.append(CapturedGraph(gm, list(inputs)))
         return gm.forward
 
-    with _on_meta_if_fake(plain) as real_of, _state_kept(plain):
+    with _on_meta_if_fake(plain) as real_of, _state_kept(plain), _as_if_uncompiled(plain):
         args, kwargs = _to_device_of(plain, (args, kwargs))
         before = dict(counters["graph_break"])
         try:
@@ -118,6 +120,13 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
             )
         )
     return Capture(graphs, parameter_names(plain), breaks)
+
+
+def check_torch() -> None:
+    """Raise CaptureError where torch is older than 2.11, the first with all of Dynamo that is used here."""
+    major, minor = (int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if (major, minor) < (2, 11):
+        raise CaptureError(f"lrcompile needs torch 2.11 or later, this is {torch.__version__}; upgrade torch")
 
 
 def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -197,6 +206,17 @@ def _on_meta_if_fake(model: nn.Module) -> Iterator[dict[int, nn.Parameter]]:
     finally:
         for store, name, value in fakes:
             store[name] = value
+
+
+@contextmanager
+def _as_if_uncompiled(model: nn.Module) -> Iterator[None]:
+    """What `module.compile()` installed would answer in place of the trace: out of the way meanwhile."""
+    calls = [(m, m.__dict__.pop("_compiled_call_impl")) for m in model.modules() if "_compiled_call_impl" in m.__dict__]
+    try:
+        yield
+    finally:
+        for module, call in calls:
+            module.__dict__["_compiled_call_impl"] = call
 
 
 @contextmanager

@@ -186,6 +186,8 @@ def _run_with_gradients(gm: fx.GraphModule, inputs: list[Any]) -> list[torch.Ten
     leaves: list[torch.Tensor] = []
 
     def leaf(x: Any) -> Any:
+        if isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return x.node.hint  # a dynamic size, as it is in this call
         if not isinstance(x, torch.Tensor) or x.is_meta:
             return x
         x = x.detach().clone()

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from lrcompile.passes.graphs import Scope, module_name, scopes, value
@@ -90,6 +91,15 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return [x for x in torch.utils._pytree.tree_leaves((node.args, node.kwargs)) if isinstance(x, fx.Node)]
 
 
+def _namespace(target: Any) -> str:
+    """"F." or "torch.": functions mustn't look like the values that Dynamo names after them."""
+    home = getattr(target, "__module__", None) or ""
+    if "_nn" in home or home == "torch.nn.functional":
+        return "F."
+    name = getattr(target, "__name__", "")
+    return "F." if getattr(F, name, None) is target else "torch." if getattr(torch, name, None) is target else ""
+
+
 class _Writer:
     """Writes one scope."""
 
@@ -151,7 +161,7 @@ class _Writer:
             return f"{self._write(args[0])}.{args[1]}"
         if getattr(target, "__module__", "") == "_operator" and name in _INFIX and len(args) == 2:
             return f"{self._write(args[0])} {_INFIX[name]} {self._write(args[1])}"
-        return f"{name}({self._arguments(args, kwargs)})"
+        return f"{_namespace(target)}{name}({self._arguments(args, kwargs)})"
 
     def _arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
         return ", ".join([*map(self._write, args), *(f"{k}={self._write(v)}" for k, v in kwargs.items())])

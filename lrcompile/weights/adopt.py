@@ -6,7 +6,6 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -18,7 +17,14 @@ from lrcompile.graph.capture import Inputs
 from lrcompile.graph.names import plain_name
 from lrcompile.recipe import Recipe
 from lrcompile.weights.factor import svd_pair
-from lrcompile.weights.layers import PairedModule, dense_weight, install_pair, read_extra_state, remove_pairs
+from lrcompile.weights.layers import (
+    PairedModule,
+    dense_weight,
+    install_pair,
+    plainly,
+    read_extra_state,
+    remove_pairs,
+)
 from lrcompile.weights.plan import Entry, Plan
 from lrcompile.weights.planner import plan, refuse_adopted
 
@@ -112,6 +118,7 @@ def write_plan(model: nn.Module, the_plan: Plan, factor: Factor) -> None:
             raise AdoptError(f"{entry.key} is no parameter of its own module; exclude it")
         weight = held[0][0]._parameters[held[0][1]]
         assert weight is not None
+        refuse_taken(held, entry.key)
         a, b, error = make_leaves(weight, entry, factor)
         made.append((replace(entry, error=error), held, a, b))
     for entry, held, a, b in made:
@@ -122,9 +129,7 @@ def write_plan(model: nn.Module, the_plan: Plan, factor: Factor) -> None:
 
 def make_leaves(weight: nn.Parameter, entry: Entry, factor: Factor) -> tuple[nn.Parameter, nn.Parameter, float | None]:
     """The two leaves that replace a weight: ordinary tensors, whatever modes the caller is in."""
-    device = weight.device.type
-    plain = nullcontext() if weight.is_meta else torch.autocast(device, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), plain:
+    with plainly(weight):
         a, b, error = factor(weight, entry)
         leaves = [nn.Parameter(t, requires_grad=weight.requires_grad) for t in (a, b)]
     return leaves[0], leaves[1], error
@@ -146,6 +151,15 @@ def empty_pair(weight: torch.Tensor, entry: Entry) -> tuple[torch.Tensor, torch.
     a = torch.zeros(entry.rank, entry.in_features, dtype=weight.dtype, device=weight.device)
     b = torch.zeros(entry.out_features, entry.rank, dtype=weight.dtype, device=weight.device)
     return a, b, entry.error
+
+
+def refuse_taken(held: Sequence[tuple[nn.Module, str]], key: str) -> None:
+    """Raise AdoptError where a module has attributes of its own under the names that its leaves would get."""
+    for module, name in held:
+        for leaf in (f"{name}_a", f"{name}_b"):
+            if hasattr(module, leaf):
+                kind = type(module).__name__
+                raise AdoptError(f"{key}: its {kind} has a {leaf} of its own; leave it out with exclude=[{key!r}]")
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -202,49 +216,46 @@ def adopt_like(model: M, state_dict: dict[str, Any]) -> M:
         StateError, AdoptError, PlanError: the state holds no Plan, or it doesn't fit the model.
     """
     refuse_adopted(model)
+    refuse_wrapped(getattr(model, "_orig_mod", model))
     pairs: dict[str, dict[str, Any]] = {}
     for key, item in state_dict.items():
-        if key.endswith("_extra_state"):
+        owner, _, last = key.rpartition(".")
+        if last == "_extra_state":
             for name, told in (read_extra_state(item) or {}).items():
-                pairs[_bare(key.removesuffix("_extra_state")) + name] = told
+                pairs[plain_name(f"{owner}.{name}" if owner else name)] = told
     if not pairs:
         raise AdoptError("the state holds no lrcompile Plan: it was not saved from an adopted model, load it as it is")
-    places: dict[str, list[tuple[nn.Module, str]]] = {}
-    groups: dict[int, list[str]] = {}
-    for module_name, module in model.named_modules():
+    places: dict[str, tuple[nn.Module, str]] = {}
+    groups: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
         for name, p in module._parameters.items():
-            full = _bare(f"{module_name}.{name}" if module_name else name)
-            places.setdefault(full, []).append((module, name))
-            groups.setdefault(id(p), []).append(full)
-    refuse_wrapped(getattr(model, "_orig_mod", model))
-    todo: list[tuple[Entry, list[tuple[nn.Module, str]], nn.Parameter]] = []
-    done: set[int] = set()
+            places[plain_name(f"{module_name}.{name}" if module_name else name)] = (module, name)
+            groups.setdefault(id(p), []).append((module, name))
+    todo: dict[int, tuple[Entry, list[tuple[nn.Module, str]], nn.Parameter]] = {}
     for full, told in pairs.items():
-        if full not in places:
+        # As the state calls it, or without DDP's prefix.
+        place = places.get(full) or places.get(full.removeprefix("module."))
+        if place is None:
             raise PlanError(
                 f"the state's Plan belongs to another model: it factors {full!r}, this model has no such parameter"
             )
-        module, name = places[full][0]
-        weight = module._parameters[name]
+        weight = place[0]._parameters[place[1]]
         entry = Entry(**{**told, "names": tuple(told["names"]), "shape": tuple(told["shape"])})
         if weight is None or tuple(weight.shape) != entry.shape:
+            here = None if weight is None else tuple(weight.shape)
             raise PlanError(
-                f"the state's Plan belongs to another model: {full!r} is {entry.shape} there, {None if weight is None else tuple(weight.shape)} here"
+                f"the state's Plan belongs to another model: {full!r} is {entry.shape} there, {here} here"
             )
-        if id(weight) not in done:
-            done.add(id(weight))
-            todo.append((entry, [p for n in groups[id(weight)] for p in places[n]], weight))
-    for entry, held, weight in todo:
+        if id(weight) not in todo:
+            held = list(dict.fromkeys(groups[id(weight)]))
+            refuse_taken(held, full)
+            todo[id(weight)] = (entry, held, weight)
+    for entry, held, weight in todo.values():
         a, b, error = make_leaves(weight, entry, empty_pair)
-        for module, name in dict.fromkeys(held):
+        for module, name in held:
             install_pair(module, name, a, b, entry.stored_in_out, asdict(replace(entry, error=error)))
     settle(list(model.parameters()))
     return model
-
-
-def _bare(name: str) -> str:
-    """A name without the prefixes of torch.compile and DDP."""
-    return plain_name(name).removeprefix("module.")
 
 
 def merge(model: M) -> M:
@@ -262,8 +273,7 @@ def merge(model: M) -> M:
         for name, _ in module.lr_names:
             leaf = module._parameters[f"{name}_a"]  # type: ignore[attr-defined]
             if id(leaf) not in made:
-                with torch.inference_mode(False), torch.no_grad():
-                    product = dense_weight(module, name).contiguous()  # type: ignore[arg-type]
+                product = dense_weight(module, name)  # type: ignore[arg-type]
                 made[id(leaf)] = nn.Parameter(product, requires_grad=leaf.requires_grad)
             dense[name] = made[id(leaf)]
         remove_pairs(module, dense)  # type: ignore[arg-type]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from lrcompile.errors import AdoptError
 
@@ -23,13 +25,13 @@ class Pair:
         error: ‖W - weight_b @ weight_a‖ / ‖W‖ in the Frobenius norm, before rounding to the dtype.
     """
 
-    weight_a: torch.Tensor
-    weight_b: torch.Tensor
+    weight_a: Float[Tensor, "rank in_features"]
+    weight_b: Float[Tensor, "out_features rank"]
     error: float
 
 
 @torch.no_grad()
-def svd_pair(weight: torch.Tensor, rank: int, method: str = "auto", name: str = "weight") -> Pair:
+def svd_pair(weight: Float[Tensor, "out_features in_features"], rank: int, method: str = "auto", name: str = "weight") -> Pair:
     """The best pair of this rank, with √Σ on each side (spectral initialisation, 2105.01029).
 
     Args:
@@ -65,8 +67,9 @@ def svd_pair(weight: torch.Tensor, rank: int, method: str = "auto", name: str = 
     basis = _leading_basis(work, rank) if method == "full" else _sketched_basis(work, rank)
     small = basis.T @ work  # rank x long; rows are σᵢ vᵢᵀ
     sigma = torch.linalg.vector_norm(small.double(), dim=1)
-    total = torch.linalg.vector_norm(work.double()).square()
-    lost = (total - sigma.square().sum()).clamp_min(0)
+    total = torch.linalg.vector_norm(work, dtype=torch.float64)
+    # Not from total - Σσ²: the sketch's float32 would drown a small error in that difference.
+    lost = torch.linalg.vector_norm(torch.addmm(work, basis, small, alpha=-1), dtype=torch.float64)
     # A singular value of zero keeps one live side, else neither factor would ever get a gradient.
     root = sigma.clamp_min(1e-4 * float(sigma.max()) if float(sigma.max()) > 0 else 1.0).sqrt()
     short, long = basis.double() * root, small.double() / root[:, None]
@@ -75,12 +78,12 @@ def svd_pair(weight: torch.Tensor, rank: int, method: str = "auto", name: str = 
     return Pair(
         (a * half).to(weight.dtype).contiguous(),
         (b * half).to(weight.dtype).contiguous(),
-        float((lost / total).sqrt()) if float(total) > 0 else 0.0,
+        float(lost / total) if float(total) > 0 else 0.0,
     )
 
 
 @torch.no_grad()
-def singular_values(weight: torch.Tensor) -> torch.Tensor:
+def singular_values(weight: Float[Tensor, "out_features in_features"]) -> Float[Tensor, " min"]:
     """All singular values of a matrix, largest first: (min(out, in),) in float64."""
     work = weight.detach().double()
     gram = work @ work.T if work.shape[0] <= work.shape[1] else work.T @ work

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -78,16 +79,29 @@ def read_extra_state(state: Any) -> dict[str, dict[str, Any]] | None:
     return content["pairs"] if isinstance(content, dict) and content.get("format") == MAGIC else None
 
 
+@contextmanager
+def plainly(tensor: torch.Tensor) -> Iterator[None]:
+    """Compute ordinary tensors in their own precision, whatever modes the caller is in."""
+    device = tensor.device.type
+    autocast = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), autocast:
+        yield
+
+
 def dense_weight(module: nn.Module, name: str) -> torch.Tensor:
-    """The product that `module.name` reads, in the layout it was stored in."""
-    return getattr(module, name)  # type: ignore[no-any-return]
+    """The product that `module.name` reads, in the layout and dtype it was stored in: contiguous, no gradient."""
+    with plainly(getattr(module, f"{name}_a")):
+        return getattr(module, name).contiguous()  # type: ignore[no-any-return]
 
 
 def _product(name: str, stored_in_out: bool) -> property:
     a, b = f"{name}_a", f"{name}_b"
 
     def read(self: Any) -> torch.Tensor:
-        product = torch.matmul(getattr(self, b), getattr(self, a))
+        left, right = getattr(self, b), getattr(self, a)
+        product = torch.matmul(left, right)
+        if product.dtype != left.dtype:  # under autocast: model code asks for the dtype that is stored
+            product = product.to(left.dtype)
         return product.t() if stored_in_out else product
 
     return property(read)

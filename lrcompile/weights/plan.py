@@ -11,6 +11,7 @@ from torch import nn
 
 from lrcompile.errors import PlanError
 from lrcompile.graph.names import parameter_names
+from lrcompile.recipe import SVD_METHODS
 
 FORMAT = "lrcompile-plan/1"
 
@@ -183,8 +184,11 @@ class Plan:
             raise PlanError(f"a Plan with a missing or unknown part: {error}") from error
         if plan.fingerprint != body.get("fingerprint"):
             raise PlanError("the Plan's model description was altered: its fingerprint doesn't match")
+        if not isinstance(plan.recipe, dict) or plan.recipe.get("svd", "auto") not in SVD_METHODS:
+            raise PlanError(f"the Plan's recipe was altered: {plan.recipe}")
+        seen: set[str] = set()
         for e in plan.entries:
-            _check_entry(e)
+            _check_entry(e, plan, seen)
         return plan
 
     def __str__(self) -> str:
@@ -214,8 +218,12 @@ def _numel(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _check_entry(e: Entry) -> None:
-    if e.rank is None:
-        return
-    if len(e.shape) != 2 or not isinstance(e.rank, int) or not 1 <= e.rank <= min(e.shape):
-        raise PlanError(f"{e.key}: rank {e.rank} doesn't fit a weight of shape {e.shape}")
+def _check_entry(e: Entry, plan: Plan, seen: set[str]) -> None:
+    """Refuse what no planner wrote; a rank may be edited by hand, within what fits."""
+    for name in e.names:
+        if plan.model.get(name) != e.shape or name in seen:
+            raise PlanError(f"the Plan says of {name!r} what doesn't go with its own description of the model")
+        seen.add(name)
+    whole = type(e.rank) is int and type(e.tokens) is int and type(e.stored_in_out) is bool
+    if not e.names or (e.rank is not None and not (whole and len(e.shape) == 2 and 1 <= e.rank <= min(e.shape))):
+        raise PlanError(f"{' = '.join(e.names)}: rank {e.rank!r} doesn't fit a weight of shape {e.shape}")

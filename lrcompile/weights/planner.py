@@ -87,7 +87,7 @@ def check_globs(model: nn.Module | list[nn.Module], recipe: Recipe) -> None:
     probe = Weight(tuple(names), (1, 1), torch.float32)
     for option in ("include", "exclude"):
         for glob in getattr(recipe, option):
-            if not probe.matches(glob):
+            if names and not probe.matches(glob):
                 some = ", ".join(sorted({n.rpartition(".")[0] for n in names if "." in n})[:5]) or ", ".join(names[:5])
                 raise PlanError(f"{option}={glob!r} matches no module and no parameter; the model has {some}, …")
 

@@ -5,6 +5,7 @@ A directory appears under its name whole or not at all: everything is written be
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -36,25 +37,28 @@ def original_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
 
     Every pair becomes the product weight_b @ weight_a in its dtype. Shared weights are one tensor under all their names.
     """
+    model = _unwrapped(model)
     pairs: dict[str, tuple[nn.Module, str]] = {}
+    own: set[str] = set()
     for module_name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PairedModule):
             for name, _ in module.lr_names:
                 pairs[f"{module_name}.{name}" if module_name else name] = (module, name)
+            own.add(f"{module_name}._extra_state" if module_name else "_extra_state")
     products: dict[int, torch.Tensor] = {}
     dense: OrderedDict[str, Any] = OrderedDict()
-    for key, item in model.state_dict().items():
+    state = model.state_dict()
+    dense._metadata = getattr(state, "_metadata", None)  # type: ignore[attr-defined]  # the modules' versions
+    for key, item in state.items():
         stem, side = key[:-2], key[-2:]
-        owner = key.removesuffix("_extra_state").removesuffix(".")
-        if key.endswith("_extra_state") and isinstance(model.get_submodule(owner), PairedModule):
+        if key in own:
             if isinstance(item, dict):
                 dense[key] = item["base"]
         elif stem in pairs and side == "_a":
             module, name = pairs[stem]
             leaf = id(module._parameters[f"{name}_a"])
             if leaf not in products:
-                with torch.no_grad():
-                    products[leaf] = dense_weight(module, name).detach().contiguous()
+                products[leaf] = dense_weight(module, name)
             dense[stem] = products[leaf]
         elif not (stem in pairs and side == "_b"):
             dense[key] = item
@@ -69,17 +73,12 @@ def save(model: nn.Module, dir: str | os.PathLike[str]) -> None:
     Raises:
         StateError: the name is taken by something else, the model is not adopted, or it holds no values (meta).
     """
-    model = getattr(model, "_orig_mod", model)
+    model = _unwrapped(model)
     the_plan = plan_of(model)
     if not the_plan.pairs:
         raise StateError("the model is not adopted; save a dense model with safetensors or torch.save")
     target = Path(dir)
-    if (
-        target.is_symlink()
-        or target.is_file()
-        or (target.is_dir() and any(target.iterdir()) and not (target / INDEX).is_file())
-    ):
-        raise StateError(f"{target} exists and was not saved by lrcompile; choose another name")
+    _refuse_taken(target)
     tensors, aliases = _unique_tensors(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -101,7 +100,11 @@ def save(model: nn.Module, dir: str | os.PathLike[str]) -> None:
             # Two renames: a crash between them leaves the old directory whole under the second name.
             old = work.with_suffix(".replaced")
             os.rename(target, old)
-            os.rename(work, target)
+            try:
+                os.rename(work, target)
+            except BaseException:
+                os.rename(old, target)
+                raise
             shutil.rmtree(old)
         else:
             os.rename(work, target)
@@ -127,43 +130,88 @@ def load(dir: str | os.PathLike[str], model: M) -> M:
     """
     refuse_adopted(model)
     refuse_wrapped(model)
-    folder = Path(dir)
+    folder, inner = Path(dir), _unwrapped(model)
     index = _read_index(folder)
     _check_weights(folder, index)
     try:
         tensors = load_file(folder / WEIGHTS)
         the_plan = Plan.from_json(index["plan"])
-    except (SafetensorError, PlanError) as error:
+        tensors |= {name: tensors[source] for name, source in index["aliases"].items()}
+    except (SafetensorError, PlanError, KeyError, TypeError, AttributeError) as error:
         raise StateError(f"{folder} can't be read: {error}") from error
-    for name, source in index["aliases"].items():
-        tensors[name] = tensors[source]
     # Everything is checked before the model is touched.
     try:
-        the_plan.check(model)
+        the_plan.check(inner)
     except PlanError as error:
         raise StateError(f"{folder} is of another model: {str(error).split(': ', 1)[-1]}") from error
-    on_meta = [n for n, b in model.named_buffers() if b.is_meta and n not in tensors]
-    if on_meta:
-        raise StateError(f"{on_meta[0]} is a buffer on the meta device that no file holds; build the model on the CPU")
-    meta = any(p.is_meta for p in model.parameters())
-    write_plan(model, the_plan, empty_pair)
-    try:
-        model.load_state_dict(tensors, strict=True, assign=meta)
-    except RuntimeError as error:
-        raise StateError(f"{folder} doesn't fit {type(model).__name__}: {error}") from error
+    _check_fit(folder, inner, the_plan, tensors)
+    meta = any(p.is_meta for p in inner.parameters())
+    write_plan(inner, the_plan, empty_pair)
+    state = {key: tensors[plain_name(key)] for key in inner.state_dict()}
+    inner.load_state_dict(state, strict=True, assign=meta)
     if meta:
-        _tie_again(model, the_plan)
+        _tie_again(inner, the_plan)
     return model
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and DDP's shells."""
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif type(model).__name__ == "DistributedDataParallel":
+            model = model.module  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _refuse_taken(target: Path) -> None:
+    """Raise StateError where replacing what stands under a name would lose something that `save` didn't write."""
+    if not target.exists() and not target.is_symlink():
+        return
+    held = sorted(p.name for p in target.iterdir()) if target.is_dir() and not target.is_symlink() else None
+    if held is None or (held and INDEX not in held):
+        raise StateError(f"{target} exists and was not saved by lrcompile; choose another name")
+    others = [name for name in held if name not in (INDEX, WEIGHTS)]
+    if others:
+        raise StateError(f"{target} also holds {', '.join(others[:5])}, which would be lost; choose another name")
+
+
+def _check_fit(folder: Path, model: nn.Module, the_plan: Plan, tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse tensors that the model, once adopted, has no place for, or places that no tensor fills."""
+    ranks = {name: entry for entry in the_plan.pairs for name in entry.names}
+    expected: dict[str, tuple[int, ...]] = {}
+    for key, item in model.state_dict().items():
+        name, entry = plain_name(key), ranks.get(plain_name(key))
+        if entry is not None and entry.rank is not None:
+            expected[f"{name}_a"] = (entry.rank, entry.in_features)
+            expected[f"{name}_b"] = (entry.out_features, entry.rank)
+        elif isinstance(item, torch.Tensor):
+            expected[name] = tuple(item.shape)
+    found = {name: tuple(t.shape) for name, t in tensors.items() if name.rpartition(".")[2] != "_extra_state"}
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
+            raise StateError(
+                f"{folder} is of another model: {name!r} is {found.get(name, 'missing')} there, "
+                f"{expected.get(name, 'missing')} here"
+            )
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and plain_name(name) not in tensors:
+            raise StateError(f"{name} is a buffer on the meta device that no file holds; build the model on the CPU")
 
 
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Every tensor of the state once, contiguous, and alias -> name for the rest."""
+    from torch.distributed.tensor import DTensor
+
     unique: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     for name, item in model.state_dict().items():
         if not isinstance(item, torch.Tensor):
             raise StateError(f"{name} of the state is no tensor and can't be saved safely")
+        if isinstance(item, DTensor):
+            raise StateError(f"{name} is a DTensor (sharded); load its full state into an unsharded model and save that")
         if item.is_meta:
             raise StateError(f"{name} is on the meta device and holds no values; give the model values first")
         name = plain_name(name)
@@ -178,20 +226,26 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str
 
 def _tie_again(model: nn.Module, the_plan: Plan) -> None:
     """Assigning gave every name a parameter of its own: share again what the Plan says is tied."""
-    by_name = dict(model.named_modules(remove_duplicate=False))
+    owners = {plain_name(f"{n}.").lstrip("."): module for n, module in model.named_modules(remove_duplicate=False)}
+
+    def place(name: str) -> tuple[dict[str, nn.Parameter | None], str]:
+        path, dot, leaf = name.rpartition(".")
+        return owners[path + dot]._parameters, leaf
+
+    paired = {name for entry in the_plan.pairs for name in entry.names}
     for group in the_plan.tied:
-        factored = group[0] in {n for e in the_plan.pairs for n in e.names}
-        for side in ("_a", "_b") if factored else ("",):
-            owner, _, leaf = f"{group[0]}{side}".rpartition(".")
-            shared = by_name[owner]._parameters[leaf]
+        for side in ("_a", "_b") if group[0] in paired else ("",):
+            parameters, leaf = place(group[0] + side)
             for name in group[1:]:
-                owner, _, leaf = f"{name}{side}".rpartition(".")
-                by_name[owner]._parameters[leaf] = shared
+                others, other = place(name + side)
+                others[other] = parameters[leaf]
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise StateError(f"there is no directory {folder}")
+        kept = sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*.replaced"))
+        hint = f"; a save was interrupted between two renames, the one before is whole in {kept[-1]}" if kept else ""
+        raise StateError(f"there is no directory {folder}{hint}")
     if not (folder / INDEX).is_file():
         raise StateError(f"{folder} was not saved by lrcompile: it has no {INDEX}")
     try:
@@ -202,6 +256,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise StateError(f"{folder} was not saved by this version of lrcompile (its format is not {FORMAT!r})")
     if index.get("checksum") != _checksum(index):
         raise StateError(f"{folder / INDEX} was altered since it was saved: its checksum doesn't match")
+    if not (type(index.get("bytes")) is int and all(isinstance(index.get(k), str) for k in ("sha256", "plan"))):
+        raise StateError(f"{folder / INDEX} lacks a part that lrcompile writes")
     return index
 
 

@@ -1,4 +1,4 @@
-"""Every architecture of the zoo: nothing is skipped, full rank changes nothing, it trains, it saves and loads.
+"""Every architecture of the zoo: nothing is skipped, full rank is exact, it trains, it saves and loads.
 
 The `check_*` functions hold what must be true of any model; test_pretrained.py asks the same of real weights.
 """

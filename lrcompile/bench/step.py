@@ -1,0 +1,82 @@
+"""Step and compile time of an adopted model compiled by lrcompile, against the same model written by hand under Inductor.
+
+Both hold the same numbers and compute the same loss; steps are taken in turns, so that a machine's moods hit both.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch._inductor.config
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import lrcompile
+from lrcompile.bench.models import GPT, HandPair, Shape
+
+
+def run(*, quick: bool = False) -> None:
+    """Print both times of both, and the ratios ours / by hand."""
+    torch.manual_seed(0)
+    shape = Shape(4, 384, 6, 2048, 256) if not quick else Shape(1, 64, 2, 128, 32)
+    rows, steps, compiles = (4, 15, 3) if not quick else (2, 3, 1)
+    ids = torch.randint(0, shape.vocabulary, (rows, shape.context))
+    ours = GPT(shape)
+    plan = lrcompile.plan(ours, (ids, ids))
+    lrcompile.adopt(ours, plan)
+    ranks = {e.key.removesuffix(".weight"): e.rank for e in plan.pairs}
+    hand = GPT(shape, lambda name, i, o: HandPair(i, o, ranks[name] or 1))
+    _copy(ours, hand)
+    backends = {"lrcompile": (ours, "lrcompile"), "by hand": (hand, "inductor")}
+    compile_times: dict[str, list[float]] = {name: [] for name in backends}
+    step_times: dict[str, list[float]] = {name: [] for name in backends}
+    losses = {}
+    with torch._inductor.config.patch(force_disable_caches=True):
+        for _ in range(compiles):
+            torch.compiler.reset()
+            steppers = {}
+            for name, (model, backend) in backends.items():
+                steppers[name] = _stepper(model, backend, ids)
+                start = time.perf_counter()
+                losses[name] = steppers[name]()
+                compile_times[name].append(time.perf_counter() - start)
+            for _ in range(steps):
+                for name, step in steppers.items():
+                    start = time.perf_counter()
+                    step()
+                    step_times[name].append(time.perf_counter() - start)
+    table = Table("figure", "lrcompile", "by hand", "ratio", title=f"step: low-rank GPT, {rows}x{shape.context} tokens")
+    for label, times in (("step, ms", step_times), ("compile and first step, ms", compile_times)):
+        a, b = (statistics.median(times[name]) for name in backends)
+        table.add_row(label, f"{a * 1e3:.1f}", f"{b * 1e3:.1f}", f"{a / b:.3f}")
+    table.add_row("loss of the first step", *(f"{losses[name]:.6f}" for name in backends), "")
+    Console().print(table)
+
+
+def _copy(ours: nn.Module, hand: nn.Module) -> None:
+    renamed = {}
+    for name, p in ours.named_parameters(remove_duplicate=False):
+        module, _, leaf = name.rpartition(".")
+        if leaf in ("weight_a", "weight_b"):
+            renamed[f"{module}.{'down' if leaf == 'weight_a' else 'up'}.weight"] = p
+        elif leaf == "bias" and f"{module}.weight_a" in renamed | dict(ours.named_parameters()):
+            renamed[f"{module}.up.bias"] = p
+        else:
+            renamed[name] = p
+    hand.load_state_dict({k: v.detach() for k, v in renamed.items()})
+
+
+def _stepper(model: nn.Module, backend: str, ids: torch.Tensor) -> Callable[[], float]:
+    compiled = torch.compile(model, backend=backend)
+
+    def step() -> float:
+        loss = compiled(ids, ids)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step

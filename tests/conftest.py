@@ -1,0 +1,47 @@
+"""What holds for the whole test run: the installed package is tested, with its annotations checked at run time."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+from jaxtyping import install_import_hook
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Every annotated function of these modules has its arguments and result checked in the tests: types by beartype, shapes
+# and dtypes where the annotation is jaxtyping's. Modules whose code Dynamo traces are left out: it would trace the
+# checks along with it. So is the Recipe, which checks its own arguments: those messages are the ones tested.
+CHECKED = [
+    "lrcompile.cost",
+    "lrcompile.weights.factor",
+    "lrcompile.weights.plan",
+    "lrcompile.weights.planner",
+    "lrcompile.weights.state",
+]
+install_import_hook(CHECKED, "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root, where examples/ stand."""
+    return ROOT
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    """Dynamo counts recompiles by code object: no test runs into a limit that others used up. And one seed for all."""
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """The backend's one line at adoption is INFO; caplog sees it in every test."""
+    logger = logging.getLogger("lrcompile")
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    yield
+    logger.setLevel(before)

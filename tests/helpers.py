@@ -1,0 +1,134 @@
+"""Small models and measures that several tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lrcompile import Recipe
+from lrcompile.graph.capture import Capture, capture
+from lrcompile.graph.pipeline import Snapshot, run_passes
+from lrcompile.passes import PassContext, PassFunction
+from lrcompile.weights.planner import context_for
+
+WIDTH, HIDDEN, VOCAB = 32, 64, 50
+
+
+class Block(nn.Module):
+    """A residual MLP, (..., width) -> (..., width)."""
+
+    def __init__(self, width: int = WIDTH, hidden: int = HIDDEN) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Stack(nn.Module):
+    """Blocks one after the other, each checkpointed where asked; (..., width) -> (..., width)."""
+
+    def __init__(self, depth: int = 2, width: int = WIDTH, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, 2 * width) for _ in range(depth))
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        return x
+
+
+class LanguageModel(nn.Module):
+    """Embedding, blocks, head: token ids (batch, tokens) -> logits (batch, tokens, VOCAB)."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.body = Stack()
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.body(self.embed(ids)))
+
+
+class Attention(nn.Module):
+    """nn.MultiheadAttention, batch first, over (x, key, value) or x alone; called with its options."""
+
+    def __init__(self, width: int = 16, heads: int = 4, **options: Any) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True, **options)
+
+    def forward(self, x: Tensor, key: Tensor | None = None, value: Tensor | None = None, **options: Any) -> Any:
+        key = x if key is None else key
+        return self.attn(x, key, key if value is None else value, **options)
+
+
+class Spelled(nn.Module):
+    """One raw matrix parameter `weight`, and a function (x, weight) -> y that says how it is multiplied."""
+
+    def __init__(self, function: Any, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.randn(*shape).to(dtype))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x, self.weight)
+
+
+def run(
+    model: nn.Module, inputs: Any, passes: Sequence[PassFunction], recipe: Recipe | None = None, verify: bool = True
+) -> tuple[Capture, PassContext, list[Snapshot]]:
+    """Capture a model and run passes over it, with snapshots."""
+    captured = capture(model, inputs)
+    ctx = context_for(model, captured, recipe or Recipe(rank=2))
+    return captured, ctx, run_passes(captured, passes, ctx, snapshots=True, verify=verify)
+
+
+def ids(batch: int = 2, tokens: int = 7) -> Tensor:
+    """Token ids, (batch, tokens) int64."""
+    return torch.arange(batch * tokens).view(batch, tokens) % VOCAB
+
+
+def tiny_llama() -> Any:
+    """A Llama of two small layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+        )
+    )
+
+
+def tiny_t5() -> Any:
+    """An encoder-decoder of one small layer each."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=64,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=1,
+            num_heads=4,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    )
