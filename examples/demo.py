@@ -185,7 +185,7 @@ def follow(name: str, arguments: list[str], settings: Settings, steps: int | Non
             elif event["kind"] == "val":
                 twin.val.append((event["step"], event["loss"]))
             elif event["kind"] == "log":
-                console.print(event["text"], markup=False, highlight=False)
+                console.print(event["text"], markup=False, highlight=False, soft_wrap=True)
             else:
                 twin = replace(twin, **{key: event[key] for key in event if key != "kind"})
     if process.returncode:

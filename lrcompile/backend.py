@@ -1,7 +1,7 @@
 """The torch.compile entry point: `torch.compile(model, backend="lrcompile", options={...})`.
 
-On an adopted model: program passes, then Inductor. On an untouched one it adopts by itself: the first call decides on the
-graph and returns a function that, when it first *runs*, adopts the owners of the parameters it is given (Dynamo is
+On an adopted model: program passes, then Inductor. On an untouched one it adopts by itself: the first call decides on
+the graph and returns a function that, when it first *runs*, adopts the owners of the parameters it is given (Dynamo is
 still building guards over the old parameters while the backend runs) and computes this one call on the new pairs; the
 guards fail on the next call, which is traced afresh.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -104,7 +104,7 @@ def lrcompile(
     roots = frame_modules()
     fresh = [p for p in parameters if not settled(p)]
     if settings.adopt and fresh and not any(isinstance(m, PairedModule) for r in roots.values() for m in r.modules()):
-        names = _names(roots, recipe)
+        names = _names(parameters, roots, recipe)
         untouched = copy_graph(gm)
         ctx = PassContext(recipe, device=_device(example_inputs))
         bind_weights([graph], names, ctx)
@@ -146,8 +146,8 @@ def _inner(gm: fx.GraphModule, inputs: list[Any], settings: Settings, mode: str 
 class _AdoptAtRun:
     """What the backend returns for an untouched model.
 
-    Dynamo may enter it again with the parameters of another block or model of the same class, so nothing is remembered of
-    the parameters it was compiled with but their places among the arguments.
+    Dynamo may enter it again with the parameters of another block or model of the same class, so nothing is remembered
+    of the parameters it was compiled with but their places among the arguments.
     """
 
     def __init__(
@@ -189,15 +189,15 @@ def _adopt_arguments(
     for i, entry in todo.items():
         a, b, error = make_leaves(args[i], entry, lambda w, e: factored(w, e, recipe.svd))
         made[i] = (a, b, replace(entry, error=error))
-    top = live.top(owners[next(iter(owners))][0][0])
-    before = sum(p.numel() for p in top.parameters())
+    tops = {id(top): top for places in owners.values() for top in (live.top(m) for m, _ in places)}
+    before = _numbers(tops.values())
     for i, (a, b, entry) in made.items():
         for module, name in owners[i]:
             install_pair(module, name, a, b, entry.stored_in_out, asdict(entry))
     others = [p for p in args if isinstance(p, nn.Parameter) and id(p) not in {id(args[i]) for i in todo}]
     settle([*others, *(leaf for a, b, _ in made.values() for leaf in (a, b))])
     follow(live.optimizers, [(args[i], a, b) for i, (a, b, _) in made.items()], others)
-    after = sum(p.numel() for p in top.parameters())
+    after = _numbers(tops.values())
     done = [entry for _, _, entry in made.values()]
     log.info(adoption_line(list(seen.values()), done, (before, after), time.perf_counter() - start))
     return {i: (a, b) for i, (a, b, _) in made.items()}
@@ -219,22 +219,31 @@ def _owners(parameter: nn.Parameter, entry: Entry, live: Live) -> list[tuple[nn.
     return owners
 
 
-def _names(roots: dict[str, nn.Module], recipe: Recipe) -> dict[int, tuple[str, ...]]:
+def _names(
+    parameters: Sequence[nn.Parameter], roots: dict[str, nn.Module], recipe: Recipe
+) -> dict[int, tuple[str, ...]]:
     """id(parameter) -> its names: as the compiled frame's module calls it, then as the outermost model does."""
     live = Live.sweep()
     names: dict[int, tuple[str, ...]] = {}
-    tops = {id(t): t for t in (live.top(root) for root in roots.values())}
+
+    def add(module: nn.Module, prefix: str = "") -> None:
+        for name, p in module.named_parameters(remove_duplicate=False):
+            if (known := prefix + plain_name(name)) not in names.get(id(p), ()):
+                names[id(p)] = (*names.get(id(p), ()), known)
+
     for variable, root in roots.items():
-        prefix = f"{variable}." if len(roots) > 1 else ""
-        for name, p in root.named_parameters(remove_duplicate=False):
-            names[id(p)] = (*names.get(id(p), ()), prefix + plain_name(name))
+        add(root, f"{variable}." if len(roots) > 1 else "")
+    # The frame may hold a module only in something else (a trainer's attribute): then its owners tell.
+    owners = [m for p in parameters for m, _ in live.owners.get(id(p), ())[:1]]
+    tops = {id(top): top for top in map(live.top, [*roots.values(), *owners])}
     for top in tops.values():
-        for name, p in top.named_parameters(remove_duplicate=False):
-            if plain_name(name) not in names.get(id(p), ()):
-                names[id(p)] = (*names.get(id(p), ()), plain_name(name))
-    if tops:
-        check_globs([*roots.values(), *tops.values()], recipe)
+        add(top, f"{type(top).__name__}." if len(tops) > 1 and not roots else "")
+    check_globs([*roots.values(), *tops.values()], recipe)
     return names
+
+
+def _numbers(models: Iterable[nn.Module]) -> int:
+    return sum(p.numel() for p in {id(p): p for m in models for p in m.parameters()}.values())
 
 
 def _device(inputs: Sequence[Any]) -> str:

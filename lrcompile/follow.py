@@ -39,7 +39,7 @@ def refuse_started(
 
 
 def _initial(state: dict[str, Any]) -> dict[str, Any] | None:
-    """State made before any step (Adagrad fills its sums when built): each tensor's one value; None where it has stepped."""
+    """State made before any step (Adagrad fills its sums when built): every tensor's one value. None: it has stepped."""
     if "step" not in state or float(state["step"]) != 0:
         return None
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.numel()}
@@ -149,8 +149,8 @@ class _Watch:
         elif _moved(self.others) or _steps - self.steps >= 3:
             self._end()
             raise AdoptError(
-                "three optimizer steps have passed and none of the low-rank weights moved: the optimizer works on the "
-                "parameters that they replaced. Call lrcompile.adopt(model, recipe, example_inputs) before building the "
+                "three optimizer steps have passed and none of the low-rank weights moved: the optimizer works on "
+                "the parameters that they replaced. Call lrcompile.adopt(model, recipe, example_inputs) before building the "
                 "optimizer, or model.requires_grad_(False) on what is not to be trained"
             )
 

@@ -18,6 +18,7 @@ from lrcompile.passes.graphs import (
     Scope,
     Site,
     argument,
+    drop_dead,
     emit,
     is_parameter,
     linear_fn,
@@ -55,7 +56,7 @@ def canonicalize(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             node.replace_all_uses_with(new)
             scope.gm.graph.erase_node(node)
             result.changed.append(f"{module_name(new)}: {spelling} -> linear")
-        scope.gm.graph.eliminate_dead_code()
+        drop_dead(scope.gm)
         scope.gm.recompile()
     _list_weights(gm, ctx, result)
     return result

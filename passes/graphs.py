@@ -111,7 +111,7 @@ def emit(scope: Scope, before: fx.Node, target: Any, *args: Any, like: fx.Node |
     for tag in ("nn_module_stack", "source_fn_stack", "stack_trace"):
         if tag in (like or before).meta:
             node.meta[tag] = (like or before).meta[tag]
-    node.meta["example_value"] = _evaluate(node)
+    node.meta.update(example_value=_evaluate(node), lr_written=True)
     return node
 
 
@@ -122,6 +122,18 @@ def _evaluate(node: fx.Node) -> Any:
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)
         return node.target(*args, **kwargs)
+
+
+def drop_dead(gm: fx.GraphModule) -> None:
+    """Erase what a pass wrote, or left of the making of a matrix, and nothing reads any more.
+
+    Not fx's `eliminate_dead_code` on all nodes: to that one `buffer.add_(1)` and `y.mul_(2)` are dead.
+    """
+    for node in reversed(gm.graph.nodes):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        pure = node.op in ("call_function", "call_method") and (node.meta.get("lr_written") or name in _PURE)
+        if pure and not node.users and not node.is_impure():
+            gm.graph.erase_node(node)
 
 
 def fake_mode(gm: fx.GraphModule) -> FakeTensorMode:
@@ -168,6 +180,8 @@ _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "contiguous", "ty
 _TRANSPOSES = {"t", "transpose", "swapaxes", "permute"}
 _SPLITS = {"chunk", "split", "tensor_split", "unbind"}
 _ATTRIBUTES = {"T", "mT"}
+_IN_PLACE_OPERATORS = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "matmul", "pow")}
+_PURE = {*_CASTS, *_TRANSPOSES, *_SPLITS, "getitem", "getattr", "size", "matmul"}
 
 
 def trace_matrix(node: fx.Node) -> Chain:
@@ -175,7 +189,7 @@ def trace_matrix(node: fx.Node) -> Chain:
     steps: list[tuple[str, fx.Node]] = []
     while True:
         kind, source = _step(node)
-        if kind == "" or source is None:
+        if kind == "" or source is None or any(_writes(user, node) for user in node.users):
             return Chain(node, steps[::-1])
         steps.append((kind, node))
         node = source
@@ -207,6 +221,13 @@ def _step(node: fx.Node) -> tuple[str, fx.Node | None]:
     if name in _CASTS and out.shape == matrix.shape and out.device == matrix.device:
         return "cast", source
     return "", None
+
+
+def _writes(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a node changes another in place: w.mul_(mask), w[0] = 0, w += 1."""
+    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+    in_place = name.rstrip("_") + "_" == name or name == "setitem" or user.target in _IN_PLACE_OPERATORS
+    return in_place and bool(user.args) and user.args[0] is node
 
 
 def _is_matrix(x: Any) -> bool:

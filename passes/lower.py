@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import fx
 
 from lrcompile.passes.contract import PassContext, PassResult, graph_pass
-from lrcompile.passes.graphs import module_name, pair_of, scopes, sites
+from lrcompile.passes.graphs import drop_dead, module_name, pair_of, scopes, sites
 
 
 @graph_pass(exact=True)
@@ -22,7 +22,7 @@ def lower(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
                 f"{module_name(site.node) or site.node.name}: two thin linears of rank {rank} ({ctx.device})"
             )
     for scope in scopes(gm):
-        scope.gm.graph.eliminate_dead_code()
+        drop_dead(scope.gm)
         scope.gm.graph.lint()
         scope.gm.recompile()
     return result

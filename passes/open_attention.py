@@ -60,7 +60,7 @@ class _Recorder(TorchFunctionMode):
         return out
 
     def _describe(self, node: fx.Node, out: Any) -> None:
-        node.meta["example_value"] = out
+        node.meta.update(example_value=out, lr_written=True)
         for tag in ("nn_module_stack", "source_fn_stack", "stack_trace"):
             if tag in self.at.meta:
                 node.meta[tag] = self.at.meta[tag]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lrcompile.passes.contract import PassContext, PassResult, graph_pass
-from lrcompile.passes.graphs import Site, argument, emit, linear_fn, module_name, pair_product, sites, value
+from lrcompile.passes.graphs import Site, argument, drop_dead, emit, linear_fn, module_name, pair_product, sites, value
 
 
 @graph_pass(exact=True)
@@ -44,7 +44,7 @@ def reassociate(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result.changed.append(f"{name}: two products of rank {rank}")
         touched[id(site.scope.gm)] = site.scope.gm
     for owner in touched.values():
-        owner.graph.eliminate_dead_code()
+        drop_dead(owner)
         owner.recompile()
     return result
 

@@ -386,7 +386,9 @@ def test_copies_and_pickles(tmp_path: Path) -> None:
 def test_another_process_reads_the_pickle(tmp_path: Path) -> None:
     model = lrcompile.adopt(nn.Sequential(nn.Linear(WIDTH, 48), nn.ReLU(), nn.Linear(48, 4)), Recipe(rank=4), X)
     torch.save(model, tmp_path / "model.pt")
-    code = "import sys, torch; m = torch.load(sys.argv[1], weights_only=False); print(m(torch.ones(1, 32)).sum().item())"
+    code = (
+        "import sys, torch; m = torch.load(sys.argv[1], weights_only=False); print(m(torch.ones(1, 32)).sum().item())"
+    )
     out = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "model.pt")], capture_output=True, text=True, check=True
     )

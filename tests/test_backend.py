@@ -525,3 +525,28 @@ def test_found_by_name_without_importing_us() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True)
     assert out.stdout.split() == ["LowRankLinear"]
+
+
+def test_a_model_held_by_something_that_is_no_module() -> None:
+    class Trainer:
+        def __init__(self) -> None:
+            self.parts = {"net": Model()}
+
+        def step(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.parts["net"](ids)
+
+    trainer = Trainer()
+    torch.compile(trainer.step, backend="lrcompile", options={"exclude": ["blocks.0.*"], **EAGER})(batch())
+    assert pairs(trainer.parts["net"]) == 2 * BLOCKS - 2
+
+
+def test_two_models_in_one_function_keep_their_own() -> None:
+    teacher, student = Model().requires_grad_(False), Model()
+    dense = copy.deepcopy([teacher, student])
+    options = {"rank_ratio": 1.0, "require_saving": False, **EAGER}
+    run = torch.compile(lambda ids: (teacher(ids), student(ids)), backend="lrcompile", options=options)
+    ids = batch()
+    for _ in range(2):
+        for got, reference in zip(run(ids), dense, strict=True):
+            torch.testing.assert_close(got, reference(ids), rtol=1e-4, atol=1e-4)
+    assert pairs(teacher) == pairs(student) == 2 * BLOCKS

@@ -13,7 +13,6 @@ import lrcompile
 from lrcompile import AdoptError, CaptureError, Plan, PlanError, Recipe
 from lrcompile.graph.names import plain_name
 
-
 TORCHS_MARK = {"_is_torch_compile"}  # torch.compile leaves it on a module
 
 
@@ -41,9 +40,7 @@ X = (torch.zeros(4, 32),)
 def fingerprint_of(model: nn.Module) -> list[Any]:
     """Everything that planning must leave alone."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    seen = [
-        (n, id(t), t.requires_grad, None if t.is_meta else t.detach().clone().tolist()) for n, t in tensors
-    ]
+    seen = [(n, id(t), t.requires_grad, None if t.is_meta else t.detach().clone().tolist()) for n, t in tensors]
     grads = [None if p.grad is None else (id(p.grad), p.grad.tolist()) for p in model.parameters()]
     modules = [(n, id(m), type(m), m.training, sorted({*vars(m)} - TORCHS_MARK)) for n, m in model.named_modules()]
     return [seen, grads, modules, torch.random.get_rng_state().tolist()]
@@ -115,7 +112,9 @@ def test_json_round_trip() -> None:
     assert next(e for e in again.entries if e.key == "down.weight").reason == "excluded by 'down'"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '{"format": "other/1"}', '{"format": "lrcompile-plan/1"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "3", '{"format": "other/1"}', '{"format": "lrcompile-plan/1"}']
+)
 def test_what_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match="Plan"):
         Plan.from_json(text)

@@ -243,9 +243,7 @@ def adopt_like(model: M, state_dict: dict[str, Any]) -> M:
         entry = Entry(**{**told, "names": tuple(told["names"]), "shape": tuple(told["shape"])})
         if weight is None or tuple(weight.shape) != entry.shape:
             here = None if weight is None else tuple(weight.shape)
-            raise PlanError(
-                f"the state's Plan belongs to another model: {full!r} is {entry.shape} there, {here} here"
-            )
+            raise PlanError(f"the state's Plan belongs to another model: {full!r} is {entry.shape} there, {here} here")
         if id(weight) not in todo:
             held = list(dict.fromkeys(groups[id(weight)]))
             refuse_taken(held, full)

@@ -95,7 +95,9 @@ def save(model: nn.Module, dir: str | os.PathLike[str]) -> None:
         (work / INDEX).write_text(json.dumps(index, indent=1))
         for path in (work / WEIGHTS, work / INDEX, work):
             _flush(path)
+        # Both were made for the owner alone (mkdtemp, and safetensors' own file).
         os.chmod(work, 0o777 & ~_umask())
+        os.chmod(work / WEIGHTS, 0o666 & ~_umask())
         if target.exists():
             # Two renames: a crash between them leaves the old directory whole under the second name.
             old = work.with_suffix(".replaced")
@@ -211,7 +213,9 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str
         if not isinstance(item, torch.Tensor):
             raise StateError(f"{name} of the state is no tensor and can't be saved safely")
         if isinstance(item, DTensor):
-            raise StateError(f"{name} is a DTensor (sharded); load its full state into an unsharded model and save that")
+            raise StateError(
+                f"{name} is a DTensor (sharded); load its full state into an unsharded model and save that"
+            )
         if item.is_meta:
             raise StateError(f"{name} is on the meta device and holds no values; give the model values first")
         name = plain_name(name)
