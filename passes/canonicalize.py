@@ -49,10 +49,11 @@ def canonicalize(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
                 else:
                     result.changed.append(f"{name}: attention opened into its products")
         for node in list(scope.gm.graph.nodes):
+            if node.target in (linear_fn, F.linear, F.embedding):
+                _by_position(node)
             new, spelling = _to_linear(scope, node)
             if new is None:
                 continue
-            new.meta["lr_spelling"] = spelling
             node.replace_all_uses_with(new)
             scope.gm.graph.erase_node(node)
             result.changed.append(f"{module_name(new)}: {spelling} -> linear")
@@ -60,6 +61,14 @@ def canonicalize(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         scope.gm.recompile()
     _list_weights(gm, ctx, result)
     return result
+
+
+def _by_position(node: fx.Node) -> None:
+    """F.linear(input=x, weight=w) -> F.linear(x, w), in place."""
+    kwargs = dict(node.kwargs)
+    names = ("input", "weight") if node.target is F.embedding else ("input", "weight", "bias")
+    args = [*node.args, *(kwargs.pop(name) for name in names[len(node.args) :] if name in kwargs)]
+    node.args, node.kwargs = tuple(args), kwargs
 
 
 def _to_linear(scope: Scope, node: fx.Node) -> tuple[fx.Node | None, str]:
@@ -92,7 +101,7 @@ def _addmm(scope: Scope, node: fx.Node) -> fx.Node | None:
         return None
     if value(bias).dim() != 1 or value(bias).shape[0] != value(matrix).shape[1]:
         return None
-    return _linear(scope, node, x, matrix, transpose=True, bias=bias)
+    return _linear(scope, node, "addmm", x, matrix, transpose=True, bias=bias)
 
 
 def _matmul(scope: Scope, node: fx.Node) -> fx.Node | None:
@@ -102,10 +111,10 @@ def _matmul(scope: Scope, node: fx.Node) -> fx.Node | None:
     if pair_product(scope, node):
         return None  # the weight itself
     if _from_parameter(scope, right) and value(left).dim() >= 2:
-        return _linear(scope, node, left, right, transpose=True)
+        return _linear(scope, node, "matmul", left, right, transpose=True)
     if _from_parameter(scope, left) and value(right).dim() >= 2:
         x = emit(scope, node, "transpose", right, -2, -1)
-        y = _linear(scope, node, x, left, transpose=False)
+        y = _linear(scope, node, "matmul", x, left, transpose=False)
         return emit(scope, node, "transpose", y, -2, -1)
     return None
 
@@ -140,17 +149,19 @@ def _einsum(scope: Scope, node: fx.Node) -> fx.Node | None:
     order = [x_axes.index(c) for c in [*kept, contracted[0]]]
     if order != list(range(len(order))):
         x = emit(scope, node, "permute", x, *order)
-    y = _linear(scope, node, x, matrix, transpose=w_axes[0] == contracted[0])
+    y = _linear(scope, node, "einsum", x, matrix, transpose=w_axes[0] == contracted[0])
     back = [[*kept, new[0]].index(c) for c in output]
     return y if back == list(range(len(back))) else emit(scope, node, "permute", y, *back)
 
 
 def _linear(
-    scope: Scope, node: fx.Node, x: Any, matrix: Any, *, transpose: bool, bias: fx.Node | None = None
+    scope: Scope, node: fx.Node, spelling: str, x: Any, matrix: Any, *, transpose: bool, bias: fx.Node | None = None
 ) -> fx.Node:
     if transpose:
         matrix = emit(scope, node, "t", matrix)
-    return emit(scope, node, linear_fn, x, matrix, bias)
+    new = emit(scope, node, linear_fn, x, matrix, bias)
+    new.meta["lr_spelling"] = spelling
+    return new
 
 
 # --- the list of weights ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from lrcompile.passes.contract import PassContext, PassResult, Weight, graph_pass
-from lrcompile.passes.graphs import emit, fake_mode, scopes, value
+from lrcompile.passes.graphs import emit, fake_mode, refresh, scopes, value
 
 
 @graph_pass(exact=False, weight_pass=True)
@@ -39,6 +39,7 @@ def factorize(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             if weight.stored_in_out:
                 product = emit(scope, first, "t", product)
             placeholder.replace_all_uses_with(product, delete_user_cb=lambda user, keep=readers: user in keep)
+            refresh(product)
         scope.gm.recompile()
     return result
 

@@ -72,7 +72,7 @@ def scopes(gm: fx.GraphModule, notes: list[str] | None = None) -> Iterator[Scope
 
 def _scopes(scope: Scope, notes: list[str] | None) -> Iterator[Scope]:
     yield scope
-    bodies: dict[str, Scope] = {}
+    bodies: dict[int, Scope] = {}  # by identity: one body may have two names
     for node in scope.gm.graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
             continue
@@ -80,12 +80,11 @@ def _scopes(scope: Scope, notes: list[str] | None) -> Iterator[Scope]:
         held = [i for i in held if isinstance(getattr(scope.gm, str(node.args[i].target), None), fx.GraphModule)]
         if not held:
             continue
-        name = str(node.args[held[-1]].target)
-        body = getattr(scope.gm, name)
+        body = getattr(scope.gm, str(node.args[held[-1]].target))
         count = len(body.graph.find_nodes(op="placeholder"))
         operands = node.args[held[-1] + 1 :]
         if len(held) == 1 and len(operands) >= count:
-            bodies.setdefault(name, Scope(body, scope)).calls.append((node, len(node.args) - count))
+            bodies.setdefault(id(body), Scope(body, scope)).calls.append((node, len(node.args) - count))
         elif notes is not None:
             notes.append(f"{node.name}: the body of {node.target} is left as it is (its operands are not understood)")
     for body in bodies.values():
@@ -122,6 +121,15 @@ def _evaluate(node: fx.Node) -> Any:
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)
         return node.target(*args, **kwargs)
+
+
+def refresh(node: fx.Node) -> None:
+    """Compute the fake values anew of what reshapes a node: another matrix may have other strides."""
+    for user in node.users:
+        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        if user.op in ("call_function", "call_method") and name in _PURE - {"matmul"}:
+            user.meta["example_value"] = _evaluate(user)
+            refresh(user)
 
 
 def drop_dead(gm: fx.GraphModule) -> None:

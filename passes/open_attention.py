@@ -73,6 +73,8 @@ class _Recorder(TorchFunctionMode):
             return self.node_of[id(leaf)]
         if isinstance(leaf, torch.SymInt):
             return self._size(leaf)
+        if isinstance(leaf, torch.SymFloat) and leaf.node.expr.is_number:  # a constant dropout under dynamic shapes
+            return float(leaf.node.expr)
         return leaf
 
     def _size(self, size: torch.SymInt) -> Any:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from lrcompile import Recipe
-from lrcompile.graph.capture import Capture, capture
+from lrcompile.graph.capture import Capture, CapturedGraph, capture
 from lrcompile.graph.pipeline import Snapshot, run_passes
 from lrcompile.passes import PassContext, PassFunction
+from lrcompile.weights.factor import svd_pair
 from lrcompile.weights.planner import context_for
 
 WIDTH, HIDDEN, VOCAB = 32, 64, 50
@@ -88,10 +89,11 @@ class Spelled(nn.Module):
 def run(
     model: nn.Module, inputs: Any, passes: Sequence[PassFunction], recipe: Recipe | None = None, verify: bool = True
 ) -> tuple[Capture, PassContext, list[Snapshot]]:
-    """Capture a model and run passes over it, with snapshots."""
+    """Capture a model and run passes over it, with snapshots and translation validation of the exact ones."""
     captured = capture(model, inputs)
     ctx = context_for(model, captured, recipe or Recipe(rank=2))
-    return captured, ctx, run_passes(captured, passes, ctx, snapshots=True, verify=verify)
+    values = pair_values(captured, ctx)
+    return captured, ctx, run_passes(captured, passes, ctx, snapshots=True, verify=verify, values=values)
 
 
 def ids(batch: int = 2, tokens: int = 7) -> Tensor:
@@ -132,3 +134,19 @@ def tiny_t5() -> Any:
             decoder_start_token_id=0,
         )
     )
+
+
+def pair_values(captured: Capture, ctx: PassContext) -> Any:
+    """What `run_passes` takes as `values`: a graph's inputs, the new leaves filled by the truncated SVD."""
+    parameters = {captured.names[id(p)][0]: p for g in captured.graphs for p in g.parameters().values()}
+
+    def values(graph: CapturedGraph, gm: fx.GraphModule) -> list[Any]:
+        inputs = list(graph.inputs)
+        for node in gm.graph.find_nodes(op="placeholder")[len(inputs) :]:
+            key, side = node.meta["lr_leaf"]
+            weight = parameters[key].detach()
+            pair = svd_pair(weight.T if ctx.weights[key].stored_in_out else weight, ctx.weights[key].rank)
+            inputs.append(pair.weight_a if side == "a" else pair.weight_b)
+        return inputs
+
+    return values

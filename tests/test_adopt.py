@@ -464,7 +464,8 @@ def test_the_one_line(caplog: pytest.LogCaptureFixture) -> None:
     after = sum(p.numel() for p in model.parameters())
     [record] = [r for r in caplog.records if r.name.startswith("lrcompile") and r.levelno == logging.INFO]
     said = re.fullmatch(
-        r"adopted 1 of 2 linear weights: ([\d,]+) -> ([\d,]+) numbers \(([\d.]+)x\), all parameters ([\d,]+) -> ([\d,]+), "
+        r"adopted 1 of 2 linear weights: ([\d,]+) -> ([\d,]+) numbers \(([\d.]+)x\), "
+        r"all parameters ([\d,]+) -> ([\d,]+), "
         r"mean relative weight error (0\.\d{3}), \d+\.\d s",
         record.getMessage(),
     )
@@ -615,6 +616,8 @@ def test_adopted_models_are_wrapped_and_sharded(process_group: None) -> None:
     optimizer = torch.optim.AdamW(sharded.parameters())
     optimizer.step()
     assert not torch.equal(sharded(x), y)
+    with pytest.raises(AdoptError, match="up.weight_a is a DTensor"):
+        lrcompile.merge(sharded)
 
 
 # --- merge ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """A wheel built from the tree installs and works in an empty environment, from any directory."""
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,3 +101,16 @@ def test_the_wheel_holds_every_module_and_its_type_marker(root: Path, python: Pa
     ]
     assert missing == []
     assert (site / "py.typed").exists()
+
+
+def test_every_import_is_a_declared_dependency(root: Path) -> None:
+    """Whatever a module imports as it loads is installed along with the wheel, not only beside these tests."""
+    declared = re.search(r"^dependencies = (\[.*\])$", (root / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    assert declared is not None
+    allowed = {re.split(r"[^\w-]", name)[0] for name in ast.literal_eval(declared[1])}
+    allowed |= {"lrcompile", *sys.stdlib_module_names}
+    for file in (f for folder in ("lrcompile", "passes", "kernels") for f in (root / folder).rglob("*.py")):
+        loading = ast.parse(file.read_text("utf-8")).body
+        names = [alias.name for node in loading if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in loading if isinstance(node, ast.ImportFrom) and not node.level]
+        assert {name.split(".")[0] for name in names} <= allowed, file

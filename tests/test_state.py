@@ -226,6 +226,14 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     lrcompile.save(second, tmp_path / "empty")
 
 
+def test_saving_into_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    lrcompile.save(adopted(), ".")
+    assert [p.name for p in tmp_path.iterdir()] == ["here"]
+    lrcompile.load(tmp_path / "here", Model())
+
+
 def test_loading_and_saving_over_itself(tmp_path: Path) -> None:
     lrcompile.save(adopted(), tmp_path / "saved")
     with torch.device("meta"):
@@ -456,9 +464,7 @@ def test_dying_between_the_two_renames_tells_where_the_earlier_save_is(
 
 KILLED = """
 import sys, torch, lrcompile
-from torch import nn
-model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(4)])
-lrcompile.adopt(model, lrcompile.Recipe(rank=64, include=("*", "3")), (torch.zeros(1, 256),))
+model = torch.load(sys.argv[2], weights_only=False)
 n = 0
 while True:
     with torch.no_grad():
@@ -472,21 +478,25 @@ while True:
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    target = tmp_path / "saved"
+    target, pickled = tmp_path / "saved", tmp_path / "model.pt"
+    model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(4)])
+    torch.save(lrcompile.adopt(model, Recipe(rank=64), (torch.zeros(1, 256),)), pickled)
 
     def load() -> None:
         model = lrcompile.load(target, nn.Sequential(*[nn.Linear(256, 256) for _ in range(4)]))
         values = {v.item() for p in model.parameters() for v in (p.min(), p.max())}
         assert len(values) == 1, values  # every tensor of one and the same save
 
-    for delay in (0.0, 0.021, 0.043):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(target)], stdout=subprocess.PIPE, text=True)
+    for delay in (0.0, 0.023):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(target), str(pickled)], stdout=subprocess.PIPE, text=True
+        )
         try:
             assert process.stdout is not None and process.stdout.readline() == "ready\n"
             time.sleep(0.05 + delay)
         finally:
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.communicate()
         if not target.exists():  # between the two renames: the earlier one is whole beside it
             with pytest.raises(StateError, match="interrupted") as error:
                 load()

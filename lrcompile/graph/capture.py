@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,7 +93,7 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
         graphs.append(CapturedGraph(gm, list(inputs)))
         return gm.forward
 
-    with _on_meta_if_fake(plain) as real_of, _state_kept(plain), _as_if_uncompiled(plain):
+    with _on_meta_if_fake(plain) as real_of, _state_kept(plain), _as_if_uncompiled(plain), _regions_inlined():
         args, kwargs = _to_device_of(plain, (args, kwargs))
         before = dict(counters["graph_break"])
         try:
@@ -217,6 +217,12 @@ def _as_if_uncompiled(model: nn.Module) -> Iterator[None]:
     finally:
         for module, call in calls:
             module.__dict__["_compiled_call_impl"] = call
+
+
+def _regions_inlined() -> AbstractContextManager[None]:
+    """A region that is traced once and called with several layers' weights (nested_compile_region): each call on its own."""
+    known = hasattr(torch._dynamo.config, "inline_invoke_subgraph")
+    return torch._dynamo.config.patch(inline_invoke_subgraph=True) if known else nullcontext()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lrcompile.errors import PassError
 from lrcompile.graph.capture import Capture, CapturedGraph
@@ -96,7 +97,7 @@ def run_passes(
             if before is not None:
                 # What a pass says of itself is not believed: only a graph found unchanged has nothing to compare.
                 same = _written_out(before) == _written_out(graph.gm)
-                worst = 0.0 if same else compare(before, graph.gm, values(graph, graph.gm))
+                worst = 0.0 if same else _verify(name, before, graph.gm, values(graph, graph.gm))
                 stage.verified = max(stage.verified or 0.0, worst)
                 if worst > 1.0:
                     raise PassError(
@@ -150,6 +151,15 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return new
 
 
+def _verify(name: str, before: fx.GraphModule, after: fx.GraphModule, inputs: list[Any]) -> float:
+    if any(isinstance(x, torch.Tensor) and (x.is_meta or isinstance(x, FakeTensor)) for x in inputs):
+        raise PassError(f"pass {name!r} can't be verified on the meta device: verifying computes; use a real model")
+    try:
+        return compare(before, after, inputs)
+    except Exception as error:
+        raise PassError(f"pass {name!r} left a graph that can't be run: {type(error).__name__}: {error}") from error
+
+
 def _written_out(gm: fx.GraphModule) -> list[Any]:
     """Every node of a graph and its sub-graphs by its place, whatever it is called."""
     place = {node: f"%{i}" for i, node in enumerate(gm.graph.nodes)}
@@ -166,7 +176,10 @@ def compare(before: fx.GraphModule, after: fx.GraphModule, inputs: list[Any]) ->
     Outputs, inputs that a graph writes to (a running mean), and the gradients of every floating input are compared.
     Infinite where the two differ in number, shape or dtype, or in where they hold NaN, infinities or masks.
     """
-    left, right = _run_with_gradients(before, inputs), _run_with_gradients(after, inputs)
+    try:
+        left, right = (_run_with_gradients(gm, inputs, True) for gm in (before, after))
+    except RuntimeError:  # an input that no gradient can be asked of: batch_norm's running mean
+        left, right = (_run_with_gradients(gm, inputs, False) for gm in (before, after))
     precision = _precision([t for tensors in left for t in tensors])
     return max(_gap(a, b, _ROUNDING[precision]) for a, b in zip(left, right, strict=True))
 
@@ -226,22 +239,26 @@ def _precision(tensors: list[torch.Tensor | None]) -> torch.dtype:
     return max(kinds, key=lambda d: _ROUNDING[d], default=torch.float32)
 
 
-def _run_with_gradients(gm: fx.GraphModule, inputs: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Outputs, inputs afterwards, and the gradients of every floating input, with the random stream restarted."""
+def _run_with_gradients(gm: fx.GraphModule, inputs: list[Any], every: bool) -> tuple[list[Any], list[Any], list[Any]]:
+    """Outputs, inputs afterwards, and gradients, with the random stream restarted.
+
+    The gradients of every floating input, or only of those that require one.
+    """
     leaves: list[torch.Tensor] = []
 
     def leaf(x: Any) -> Any:
         if isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return x.node.hint  # a dynamic size, as it is in this call
-        if not isinstance(x, torch.Tensor) or x.is_meta:
+        if not isinstance(x, torch.Tensor):
             return x
-        x = x.detach().clone()
-        if x.is_floating_point():
-            leaves.append(x.requires_grad_(True))
-        return x
+        copy = x.detach().clone()
+        if x.is_floating_point() and (every or x.requires_grad):
+            leaves.append(copy.requires_grad_(True))
+        return copy
 
     fresh = [leaf(x) for x in inputs]
-    with torch.random.fork_rng(), torch.enable_grad():
+    devices = {x.device for x in fresh if isinstance(x, torch.Tensor) and x.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
         torch.manual_seed(0)
         given = [x * 1 if isinstance(x, torch.Tensor) and x.requires_grad else x for x in fresh]
         out = gm(*given)

@@ -164,8 +164,6 @@ def refuse_taken(held: Sequence[tuple[nn.Module, str]], key: str) -> None:
 
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise AdoptError where the parameters are in somebody's hands already: DTensors, FSDP, DDP."""
-    from torch.distributed.tensor import DTensor
-
     for name, module in model.named_modules():
         kind = type(module).__name__
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
@@ -173,8 +171,14 @@ def refuse_wrapped(model: nn.Module) -> None:
                 f"{name or 'the model'} is wrapped in {kind} already; call lrcompile.adopt(model, ...) before wrapping it"
             )
     for name, p in model.named_parameters():
-        if isinstance(p, DTensor):
+        if _is_sharded(p):
             raise AdoptError(f"{name} is a DTensor (sharded); call lrcompile.adopt(model, ...) before fully_shard")
+
+
+def _is_sharded(p: torch.Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(p, DTensor)
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -260,19 +264,22 @@ def merge(model: M) -> M:
     """Back to dense modules, in place: every weight becomes the product that it read, its class the one it had.
 
     Raises:
-        AdoptError: nothing of the model is adopted.
+        AdoptError: nothing of the model is adopted, or its leaves are sharded.
     """
-    adopted = [m for m in model.modules() if isinstance(m, PairedModule)]
+    adopted: list[Any] = [m for m in model.modules() if isinstance(m, PairedModule)]
     if not adopted:
         raise AdoptError("the model is not adopted; there is nothing to merge")
+    for full, p in model.named_parameters():
+        if _is_sharded(p):
+            raise AdoptError(f"{full} is a DTensor (sharded); load its full state into an unsharded model, merge that")
     made: dict[int, nn.Parameter] = {}
     for module in adopted:
         dense = {}
         for name, _ in module.lr_names:
-            leaf = module._parameters[f"{name}_a"]  # type: ignore[attr-defined]
+            leaf = module._parameters[f"{name}_a"]
             if id(leaf) not in made:
-                product = dense_weight(module, name)  # type: ignore[arg-type]
+                product = dense_weight(module, name)
                 made[id(leaf)] = nn.Parameter(product, requires_grad=leaf.requires_grad)
             dense[name] = made[id(leaf)]
-        remove_pairs(module, dense)  # type: ignore[arg-type]
+        remove_pairs(module, dense)
     return model

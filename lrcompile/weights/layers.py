@@ -91,7 +91,8 @@ def plainly(tensor: torch.Tensor) -> Iterator[None]:
 def dense_weight(module: nn.Module, name: str) -> torch.Tensor:
     """The product that `module.name` reads, in the layout and dtype it was stored in: contiguous, no gradient."""
     with plainly(getattr(module, f"{name}_a")):
-        return getattr(module, name).contiguous()  # type: ignore[no-any-return]
+        product: torch.Tensor = getattr(module, name)
+        return product.contiguous()
 
 
 def _product(name: str, stored_in_out: bool) -> property:

@@ -35,10 +35,10 @@ WEIGHTS, INDEX = "model.safetensors", "lrcompile.json"
 def original_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
     """The state dict with the dense keys and shapes back, in their order: loadable into the untouched model.
 
-    Every pair becomes the product weight_b @ weight_a in its dtype. Shared weights are one tensor under all their names.
+    Every pair becomes the product weight_b @ weight_a in its dtype. Shared weights are one tensor under all names.
     """
     model = _unwrapped(model)
-    pairs: dict[str, tuple[nn.Module, str]] = {}
+    pairs: dict[str, tuple[Any, str]] = {}
     own: set[str] = set()
     for module_name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PairedModule):
@@ -77,7 +77,7 @@ def save(model: nn.Module, dir: str | os.PathLike[str]) -> None:
     the_plan = plan_of(model)
     if not the_plan.pairs:
         raise StateError("the model is not adopted; save a dense model with safetensors or torch.save")
-    target = Path(dir)
+    target = Path(os.path.abspath(dir))  # "." has no name that a directory could be moved to
     _refuse_taken(target)
     tensors, aliases = _unique_tensors(model)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -158,13 +158,9 @@ def load(dir: str | os.PathLike[str], model: M) -> M:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside torch.compile's and DDP's shells."""
-    while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif type(model).__name__ == "DistributedDataParallel":
-            model = model.module  # type: ignore[assignment]
-        else:
-            return model
+    while type(model).__name__ in ("OptimizedModule", "DistributedDataParallel"):
+        model = model.get_submodule("_orig_mod" if hasattr(model, "_orig_mod") else "module")
+    return model
 
 
 def _refuse_taken(target: Path) -> None:
