@@ -41,7 +41,7 @@ class Settings:
     n_head: int = 8
     n_embd: int = 512
     batch_size: int = 8
-    lr: float = 2e-3
+    lr: float = 1e-3
     warmup: int = 10
     max_steps: int = 200
     seconds: float = 120.0

@@ -25,7 +25,7 @@ from lrcompile.graph.pipeline import bind_weights, copy_graph, run_passes
 from lrcompile.live import Live
 from lrcompile.passes import PassContext, pass_list
 from lrcompile.recipe import Recipe
-from lrcompile.weights.adopt import adoption_line, factored, make_leaves, settle, settled
+from lrcompile.weights.adopt import adoption_line, factored, make_leaves, refuse_taken, settle, settled
 from lrcompile.weights.layers import PairedModule, install_pair
 from lrcompile.weights.plan import Entry
 from lrcompile.weights.planner import check_globs, entry_of
@@ -185,6 +185,8 @@ def _adopt_arguments(
     live = Live.sweep()
     owners = {i: _owners(args[i], e, live) for i, e in todo.items()}
     refuse_started(live.optimizers, [args[i] for i in todo], [e.key for e in todo.values()])
+    for i, entry in todo.items():
+        refuse_taken(owners[i], entry.key)
     made: dict[int, tuple[nn.Parameter, nn.Parameter, Entry]] = {}
     for i, entry in todo.items():
         a, b, error = make_leaves(args[i], entry, lambda w, e: factored(w, e, recipe.svd))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -39,10 +39,10 @@ class Recipe:
     rank_ratio: float | None = None
     budget_bytes: int | None = None
     svd: str = "auto"
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
     require_saving: bool = True
-    passes: tuple[Callable[..., Any], ...] = ()
+    passes: Sequence[Callable[..., Any]] = ()
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude", "passes"):

@@ -138,7 +138,7 @@ def tiny_t5() -> Any:
 
 def pair_values(captured: Capture, ctx: PassContext) -> Any:
     """What `run_passes` takes as `values`: a graph's inputs, the new leaves filled by the truncated SVD."""
-    parameters = {captured.names[id(p)][0]: p for g in captured.graphs for p in g.parameters().values()}
+    parameters = {captured.names[id(p)][0]: p for g in captured.graphs for p in g.inputs if id(p) in captured.names}
 
     def values(graph: CapturedGraph, gm: fx.GraphModule) -> list[Any]:
         inputs = list(graph.inputs)

@@ -64,7 +64,6 @@ def test_planning_touches_nothing(training: bool, mode: str) -> None:
     assert {e.key for e in made.pairs} == {"up.weight", "down.weight"}
 
 
-@pytest.mark.xfail(strict=True, reason="capture restores what is in a buffer, not which tensor a module holds")
 def test_planning_leaves_a_buffer_that_the_forward_replaces() -> None:
     class Ema(nn.Module):
         def __init__(self) -> None:

@@ -98,7 +98,8 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
         before = dict(counters["graph_break"])
         try:
             # Its own region of Dynamo's cache: the user's compiled code and recompile budget stay as they are.
-            torch.compile(plain, backend=collect, dynamic=False, isolate_recompiles=True)(*args, **kwargs)
+            with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
+                torch.compile(plain, backend=collect, dynamic=False, isolate_recompiles=True)(*args, **kwargs)
         except Exception as error:
             # After the first graph a model may fail on fake or meta data only (a data-dependent branch): what
             # was captured is then reported as a break, not lost.
@@ -227,13 +228,19 @@ def _regions_inlined() -> AbstractContextManager[None]:
 
 @contextmanager
 def _state_kept(model: nn.Module) -> Iterator[None]:
-    """Random state and buffers (a running mean) as they were."""
+    """Random state and buffers (a running mean) as they were, both what they hold and which tensors they are."""
     buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    places = [(module, dict(module._buffers)) for module in model.modules()]
     devices = {b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         try:
             yield
         finally:
+            model.__dict__.pop("_is_torch_compile", None)  # left there by torch.compile
+            for module, held in places:
+                module._buffers.clear()
+                module._buffers.update(held)
             with torch.no_grad():
                 for live, kept in buffers:
-                    live.copy_(kept)
+                    if not torch.equal(live, kept):  # batch_norm writes without counting a version
+                        live.copy_(kept)

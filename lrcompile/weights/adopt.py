@@ -16,7 +16,7 @@ from lrcompile.errors import AdoptError, PlanError
 from lrcompile.graph.capture import Inputs
 from lrcompile.graph.names import plain_name
 from lrcompile.recipe import Recipe
-from lrcompile.weights.factor import svd_pair
+from lrcompile.weights.factor import check_finite, svd_pair
 from lrcompile.weights.layers import (
     PairedModule,
     dense_weight,
@@ -106,25 +106,35 @@ Factor = Callable[[nn.Parameter, Entry], tuple[torch.Tensor, torch.Tensor, float
 
 
 def write_plan(model: nn.Module, the_plan: Plan, factor: Factor) -> None:
-    """Install every pair of a Plan, each in all the modules that share its weight. Nothing is changed on an error."""
+    """Install every pair of a Plan, each in all the modules that share its weight.
+
+    Everything that can be wrong with a model is found before the first weight is touched; then one weight at a time is
+    factored, installed and let go.
+    """
     owners: dict[str, list[tuple[nn.Module, str]]] = {}
     for module_name, module in model.named_modules(remove_duplicate=True):
         for name in module._parameters:
             owners.setdefault(plain_name(f"{module_name}.{name}" if module_name else name), []).append((module, name))
-    made: list[tuple[Entry, list[tuple[nn.Module, str]], nn.Parameter, nn.Parameter]] = []
+    todo: list[tuple[Entry, list[tuple[nn.Module, str]]]] = []
     for entry in the_plan.pairs:
         held = [place for name in entry.names for place in owners.get(name, [])]
         if not held:
             raise AdoptError(f"{entry.key} is no parameter of its own module; exclude it")
-        weight = held[0][0]._parameters[held[0][1]]
-        assert weight is not None
         refuse_taken(held, entry.key)
-        a, b, error = make_leaves(weight, entry, factor)
-        made.append((replace(entry, error=error), held, a, b))
-    for entry, held, a, b in made:
+        check_finite(_weight(held), entry.key)
+        todo.append((entry, held))
+    for entry, held in todo:
+        a, b, error = make_leaves(_weight(held), entry, factor)
         for module, name in held:
-            install_pair(module, name, a, b, entry.stored_in_out, asdict(entry))
+            install_pair(module, name, a, b, entry.stored_in_out, asdict(replace(entry, error=error)))
     settle(list(model.parameters()))
+
+
+def _weight(held: Sequence[tuple[nn.Module, str]]) -> nn.Parameter:
+    module, name = held[0]
+    weight = module._parameters[name]
+    assert weight is not None
+    return weight
 
 
 def make_leaves(weight: nn.Parameter, entry: Entry, factor: Factor) -> tuple[nn.Parameter, nn.Parameter, float | None]:

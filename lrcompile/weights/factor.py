@@ -49,11 +49,7 @@ def svd_pair(weight: Float[Tensor, "out_features in_features"], rank: int, metho
     Raises:
         AdoptError: the weight holds NaN or Inf.
     """
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        raise AdoptError(
-            f"{name} holds {bad} NaN or Inf; repair the checkpoint, or leave the weight out with exclude=[{name!r}]"
-        )
+    check_finite(weight, name)
     limit = min(weight.shape)
     if method == "auto":
         method = "randomized" if limit >= _SKETCH_FROM and rank <= limit // 4 else "full"
@@ -80,6 +76,15 @@ def svd_pair(weight: Float[Tensor, "out_features in_features"], rank: int, metho
         (b * half).to(weight.dtype).contiguous(),
         float(lost / total) if float(total) > 0 else 0.0,
     )
+
+
+def check_finite(weight: torch.Tensor, name: str) -> None:
+    """Raise AdoptError, naming the weight, where it holds NaN or Inf."""
+    if not weight.is_meta and not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise AdoptError(
+            f"{name} holds {bad} NaN or Inf; repair the checkpoint, or leave the weight out with exclude=[{name!r}]"
+        )
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrcompile.errors import StateError
+from lrcompile.errors import AdoptError, StateError
 from lrcompile.kernels.lowrank_linear import reference
 
 MAGIC = "lrcompile/1"
@@ -52,13 +52,20 @@ class PairedModule:
         pairs = read_extra_state(state)
         ranks = {name: pair["rank"] for name, pair in (pairs or {}).items()}
         if pairs is None or ranks != {name: pair["rank"] for name, pair in self.lr_pairs.items()}:
+            own = {name: pair["rank"] for name, pair in self.lr_pairs.items()}
             raise StateError(
-                f"the state holds {ranks or 'no pair'} where this module has "
-                f"{ {n: p['rank'] for n, p in self.lr_pairs.items()} }; adopt the model with lrcompile.adopt_like(model, state) first"
+                f"the state holds {ranks or 'no pair'} where this module has {own}; "
+                "adopt the model with lrcompile.adopt_like(model, state) first"
             )
         self.lr_pairs = pairs
         if isinstance(state, dict):
             self.lr_base.set_extra_state(self, state["base"])  # type: ignore[arg-type]
+
+    def reset_parameters(self) -> None:
+        raise AdoptError(
+            f"{type(self).__name__} holds a pair: there is no dense weight to draw anew; initialise before adopting, or "
+            "lrcompile.merge(model) first"
+        )
 
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name}: rank {pair['rank']}" for name, pair in self.lr_pairs.items())
