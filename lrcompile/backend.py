@@ -135,7 +135,7 @@ def _inner(gm: fx.GraphModule, inputs: list[Any], settings: Settings, mode: str 
     if settings.inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(gm, inputs)  # type: ignore[no-any-return]
+        return aot_eager(gm, inputs)
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

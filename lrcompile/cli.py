@@ -62,9 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     about = "what every pass does to the model's graph: parameters, bytes, FLOPs, saved activations, error"
     inspect = commands.add_parser("inspect", help=about, description=about, epilog=_SOURCE, formatter_class=raw)
     _add_recipe(inspect)
-    inspect.add_argument("--show", metavar="PASS", action="append", help="print the diff of a pass (repeat for several)")
+    inspect.add_argument(
+        "--show", metavar="PASS", action="append", help="print the diff of a pass (repeat for several)"
+    )
     inspect.add_argument("--html", metavar="FILE", type=Path, help="write a page with everything")
-    inspect.add_argument("--verify", action="store_true", help="run the graph before and after each exact pass and compare")
+    inspect.add_argument(
+        "--verify", action="store_true", help="run the graph before and after each exact pass and compare"
+    )
     inspect.set_defaults(run=_inspect)
 
     about = "which weights become pairs, of what rank, and what is saved"

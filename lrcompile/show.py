@@ -41,7 +41,7 @@ def size(n: float) -> str:
 
 
 def change(before: float, after: float, write: Any = count) -> str:
-    """"12M → 4M (3.00x)"."""
+    """ "12M → 4M (3.00x)"."""
     if before == after:
         return str(write(before))
     return f"{write(before)} → {write(after)}" + (f" ({before / after:.2f}x)" if after else "")
@@ -51,7 +51,9 @@ def fold(names: Iterable[str]) -> list[str]:
     """Repeated layers as one: ["h.0.fc", "h.1.fc", "out"] -> ["h.0-1.fc", "out"]. Order of first appearance."""
     groups: dict[str, list[tuple[int, ...]]] = {}
     for name in dict.fromkeys(names):
-        shape = ".".join("{}" if part.isdigit() else part.replace("{", "{{").replace("}", "}}") for part in name.split("."))
+        shape = ".".join(
+            "{}" if part.isdigit() else part.replace("{", "{{").replace("}", "}}") for part in name.split(".")
+        )
         groups.setdefault(shape, []).append(tuple(int(part) for part in name.split(".") if part.isdigit()))
     return [shape.format(*index) for shape, indices in groups.items() for index in _ranges(indices)]
 
@@ -134,9 +136,18 @@ def plan_table(plan: Plan, spectra: dict[str, torch.Tensor] | None = None, token
             name.append(f"\n{e.reason}", style="italic dim")
         rank = Text(str(e.rank), style="bold green") if e.rank is not None else Text("dense", style="dim")
         kept = f"{now / dense:.0%}" if e.rank is not None else ""
-        table.add_row(name, "x".join(map(str, e.shape)), rank, change(dense, now).split(" (")[0], kept, f"{now / after:.1%}")
+        table.add_row(
+            name, "x".join(map(str, e.shape)), rank, change(dense, now).split(" (")[0], kept, f"{now / after:.1%}"
+        )
     if before - seen > 0:
-        table.add_row(Text("norms, biases and all else", style="dim"), "", "", count(before - seen), "", f"{(before - seen) / after:.1%}")
+        table.add_row(
+            Text("norms, biases and all else", style="dim"),
+            "",
+            "",
+            count(before - seen),
+            "",
+            f"{(before - seen) / after:.1%}",
+        )
     parts: list[RenderableType] = [table, _plan_totals(plan, tokens)]
     if plan.breaks:
         parts.append(breaks_note(plan.breaks))
@@ -150,13 +161,19 @@ def _plan_totals(plan: Plan, tokens: int | None) -> Table:
     factored = sum(e.dense_numel for e in pairs), sum(e.numel for e in pairs)
     flops = sum(2 * e.tokens * e.dense_numel for e in plan.entries), sum(e.flops for e in plan.entries)
     grid = Table.grid(padding=(0, 2))
-    grid.add_row("compression", f"{plan.compression:.2f}x", f"{len(pairs)} of {len(plan.entries)} weights become pairs: {change(*factored).split(' (')[0]} numbers")
+    grid.add_row(
+        "compression",
+        f"{plan.compression:.2f}x",
+        f"{len(pairs)} of {len(plan.entries)} weights become pairs: {change(*factored).split(' (')[0]} numbers",
+    )
     grid.add_row("numbers", f"{before / after:.2f}x", f"{before:,} → {after:,} in the whole model")
     grid.add_row("bytes", f"{stored[0] / stored[1]:.2f}x", f"{size(stored[0])} → {size(stored[1])} as stored")
     per = "a token" if tokens else "one call on the example inputs"
     shown = [f / (tokens or 1) for f in flops]
     if flops[1]:
-        grid.add_row("FLOPs", f"{flops[0] / flops[1]:.2f}x", f"{count(shown[0])} → {count(shown[1])} for {per}, weights alone")
+        grid.add_row(
+            "FLOPs", f"{flops[0] / flops[1]:.2f}x", f"{count(shown[0])} → {count(shown[1])} for {per}, weights alone"
+        )
     return grid
 
 

@@ -175,7 +175,10 @@ def _parameters(model: Any) -> set[str]:
 
 def _get(config: Any, *names: str, default: Any = None) -> Any:
     """The first of these settings that the config, or a part of it, has."""
-    parts = [config, *(getattr(config, p, None) for p in ("text_config", "vision_config", "audio_config", "encoder", "decoder"))]
+    parts = [
+        config,
+        *(getattr(config, p, None) for p in ("text_config", "vision_config", "audio_config", "encoder", "decoder")),
+    ]
     for name in names:
         for part in parts:
             if getattr(part, name, None) is not None:

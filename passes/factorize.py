@@ -38,7 +38,7 @@ def factorize(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             product = emit(scope, first, torch.matmul, local_b, local_a)
             if weight.stored_in_out:
                 product = emit(scope, first, "t", product)
-            placeholder.replace_all_uses_with(product, delete_user_cb=lambda user, keep=readers: user in keep)
+            placeholder.replace_all_uses_with(product, delete_user_cb=readers.__contains__)
             refresh(product)
         scope.gm.recompile()
     return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from lrcompile.passes.chains import PURE, Chain, in_place, target_name, trace_matrix, value
 
 linear_fn = torch._C._nn.linear  # what Dynamo writes for F.linear
 
@@ -94,11 +95,6 @@ def _scopes(scope: Scope, notes: list[str] | None) -> Iterator[Scope]:
 # --- small tools for rewriting ----------------------------------------------------------------------------------------
 
 
-def value(node: Any) -> Any:
-    """The fake value of a node, or the constant itself."""
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
-
-
 def emit(scope: Scope, before: fx.Node, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
     """Insert a call before a node, with its fake value computed and provenance taken from `like` (or `before`)."""
     graph = scope.gm.graph
@@ -126,8 +122,8 @@ def _evaluate(node: fx.Node) -> Any:
 def refresh(node: fx.Node) -> None:
     """Compute the fake values anew of what reshapes a node: another matrix may have other strides."""
     for user in node.users:
-        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-        if user.op in ("call_function", "call_method") and name in _PURE - {"matmul"}:
+        name = target_name(user)
+        if user.op in ("call_function", "call_method") and name in PURE - {"matmul"}:
             user.meta["example_value"] = _evaluate(user)
             refresh(user)
 
@@ -138,9 +134,9 @@ def drop_dead(gm: fx.GraphModule) -> None:
     Not fx's `eliminate_dead_code` on all nodes: to that one `buffer.add_(1)` and `y.mul_(2)` are dead.
     """
     for node in reversed(gm.graph.nodes):
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        pure = node.op in ("call_function", "call_method") and (node.meta.get("lr_written") or name in _PURE)
-        if pure and not node.users and not node.is_impure():
+        name = target_name(node)
+        pure = node.op in ("call_function", "call_method") and (node.meta.get("lr_written") or name in PURE)
+        if pure and not node.users and not node.is_impure() and not in_place(node):
             gm.graph.erase_node(node)
 
 
@@ -152,7 +148,7 @@ def fake_mode(gm: fx.GraphModule) -> FakeTensorMode:
 def mode_of(tree: Any) -> FakeTensorMode:
     """The fake mode of the fake tensors among these values.
 
-    Not torch's `detect_fake_mode`: while a backend runs, that one answers with the mode prepared for what compiles next.
+    Not torch's `detect_fake_mode`: while a backend runs, that answers with the mode prepared for what compiles next.
     """
     modes = (v.fake_mode for v in torch.utils._pytree.tree_leaves(tree) if isinstance(v, FakeTensor))
     mode = next(modes, None)
@@ -167,83 +163,6 @@ def module_name(node: fx.Node) -> str:
         return ""
     path = re.sub(r"^[LG]\['\w+'\]\.?", "", list(stack.values())[-1][0])  # without the frame's variable
     return path.replace("_modules['", "").replace("']", "").replace("._orig_mod", "")
-
-
-@dataclass
-class Chain:
-    """How a matrix in the graph was made from one or two leaves: `leaf` or `left @ right`, then `steps`, in order.
-
-    steps are ("t",), ("cast", node) or ("rows", node): transposed, converted, or part of the rows taken.
-    """
-
-    source: fx.Node
-    steps: list[tuple[str, fx.Node]]
-
-    @property
-    def transposed(self) -> bool:
-        return sum(kind == "t" for kind, _ in self.steps) % 2 == 1
-
-
-_CASTS = {"to", "float", "half", "bfloat16", "double", "type", "contiguous", "type_as", "clone"}
-_TRANSPOSES = {"t", "transpose", "swapaxes", "permute"}
-_SPLITS = {"chunk", "split", "tensor_split", "unbind"}
-_ATTRIBUTES = {"T", "mT"}
-_IN_PLACE_OPERATORS = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "matmul", "pow")}
-_PURE = {*_CASTS, *_TRANSPOSES, *_SPLITS, "getitem", "getattr", "size", "matmul"}
-
-
-def trace_matrix(node: fx.Node) -> Chain:
-    """Walk back from a matrix operand through transposes, casts and row slices to what it was made from."""
-    steps: list[tuple[str, fx.Node]] = []
-    while True:
-        kind, source = _step(node)
-        if kind == "" or source is None or any(_writes(user, node) for user in node.users):
-            return Chain(node, steps[::-1])
-        steps.append((kind, node))
-        node = source
-
-
-def _step(node: fx.Node) -> tuple[str, fx.Node | None]:
-    if node.op not in ("call_method", "call_function") or not node.args or not isinstance(node.args[0], fx.Node):
-        return "", None
-    source = node.args[0]
-    matrix = value(source)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.target is getattr and node.args[1] in _ATTRIBUTES and _is_matrix(matrix):
-        return "t", source
-    if node.target is operator.getitem:
-        if isinstance(matrix, (tuple, list)) and source.args and isinstance(source.args[0], fx.Node):
-            split_name = source.target if isinstance(source.target, str) else getattr(source.target, "__name__", "")
-            dim = source.kwargs.get("dim", source.args[2] if len(source.args) > 2 else 0)
-            whole = source.args[0]
-            if split_name in _SPLITS - {"unbind"} and dim == 0 and _is_matrix(value(whole)):
-                return "rows", whole
-        if _is_matrix(matrix) and isinstance(node.args[1], slice) and not _has_nodes(node.args[1]):
-            return "rows", source
-        return "", None
-    if not (_is_matrix(matrix) and _is_matrix(value(node))):
-        return "", None
-    out = value(node)
-    if name in _TRANSPOSES and out.shape == matrix.shape[::-1] and out.stride() == matrix.stride()[::-1]:
-        return "t", source
-    if name in _CASTS and out.shape == matrix.shape and out.device == matrix.device:
-        return "cast", source
-    return "", None
-
-
-def _writes(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a node changes another in place: w.mul_(mask), w[0] = 0, w += 1."""
-    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-    in_place = name.rstrip("_") + "_" == name or name == "setitem" or user.target in _IN_PLACE_OPERATORS
-    return in_place and bool(user.args) and user.args[0] is node
-
-
-def _is_matrix(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and x.dim() == 2
-
-
-def _has_nodes(s: slice) -> bool:
-    return any(isinstance(v, fx.Node) for v in (s.start, s.stop, s.step))
 
 
 @dataclass

@@ -65,7 +65,7 @@ def _factors(site: Site) -> tuple[fx.Node, fx.Node]:
 
 
 def _again(site: Site, cast: fx.Node, operand: Any) -> fx.Node:
-    return emit(site.scope, site.node, cast.target, operand, *cast.args[1:], **cast.kwargs)
+    return emit(site.scope, site.node, cast.target, operand, *cast.args[1:], **dict[str, Any](cast.kwargs))
 
 
 def _rows(site: Site, node: fx.Node, operand: Any) -> fx.Node:

@@ -172,7 +172,9 @@ def test_bad_options(options: dict, message: str) -> None:
 
 def test_recipe_options_are_obeyed() -> None:
     model = Model()
-    torch.compile(model, backend="lrcompile", options={"rank": 5, "exclude": ["blocks.0.*", "*.down"], **EAGER})(batch())
+    torch.compile(model, backend="lrcompile", options={"rank": 5, "exclude": ["blocks.0.*", "*.down"], **EAGER})(
+        batch()
+    )
     assert [n for n, m in model.named_modules() if isinstance(m, PairedModule)] == ["blocks.1.up", "blocks.2.up"]
     assert model.blocks[1].up.weight_a.shape == (5, WIDTH)
 
@@ -486,7 +488,13 @@ def test_one_line_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(3):
             run(batch())
     (line,) = [r.getMessage() for r in caplog.records if r.name == "lrcompile"]
-    for part in ("adopted 6 of 7 linear weights", "98,304 ->", "all parameters 106,098 ->", "mean relative weight error", " s"):
+    for part in (
+        "adopted 6 of 7 linear weights",
+        "98,304 ->",
+        "all parameters 106,098 ->",
+        "mean relative weight error",
+        " s",
+    ):
         assert part in line
 
 

@@ -123,7 +123,7 @@ def leaves_a_malformed_graph(gm, ctx):
 def writes_it_otherwise(gm, ctx):
     """Right: x Wᵀ + b in two nodes."""
     for scope, node in linears(gm):
-        if node.args[2] is None:
+        if len(node.args) < 3 or node.args[2] is None:
             continue
         product = emit(scope, node, linear_fn, *node.args[:2], None)
         node.replace_all_uses_with(emit(scope, node, torch.add, product, node.args[2]))

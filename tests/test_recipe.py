@@ -58,9 +58,7 @@ def test_nonsense_is_refused(options, message):
         Recipe.from_options(options)
 
 
-@pytest.mark.parametrize(
-    "dial", ["compression", "rank", "rank_ratio", "budget_bytes"]
-)
+@pytest.mark.parametrize("dial", ["compression", "rank", "rank_ratio", "budget_bytes"])
 def test_a_dial_that_is_no_number_is_refused(dial):
     with pytest.raises(RecipeError, match=f"{dial} must be a number"):
         Recipe.from_options({dial: "much"})

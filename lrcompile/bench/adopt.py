@@ -24,7 +24,9 @@ def run(*, quick: bool = False) -> None:
     lrcompile.adopt(model, plan)
     done = time.perf_counter()
     before, after = plan.parameters
-    table = Table("figure", "value", title=f"adopt: GPT of {before / 1e6:.0f}M parameters, {torch.get_num_threads()} threads")
+    table = Table(
+        "figure", "value", title=f"adopt: GPT of {before / 1e6:.0f}M parameters, {torch.get_num_threads()} threads"
+    )
     table.add_row("plan, seconds", f"{planned - start:.1f}")
     table.add_row("factorize and install, seconds", f"{done - planned:.1f}")
     table.add_row("in all, seconds", f"{done - start:.1f}")

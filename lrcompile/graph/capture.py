@@ -22,6 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lrcompile.errors import CaptureError
 from lrcompile.graph.names import parameter_names
 
+# Not before torch 2.12; there a capture's cache entries count towards the user's recompile limit.
+_OWN_REGION: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+)
+
 Inputs = tuple[Any, ...] | list[Any] | dict[str, Any]
 
 
@@ -99,7 +104,7 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
         try:
             # Its own region of Dynamo's cache: the user's compiled code and recompile budget stay as they are.
             with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
-                torch.compile(plain, backend=collect, dynamic=False, isolate_recompiles=True)(*args, **kwargs)
+                torch.compile(plain, backend=collect, dynamic=False, **_OWN_REGION)(*args, **kwargs)
         except Exception as error:
             # After the first graph a model may fail on fake or meta data only (a data-dependent branch): what
             # was captured is then reported as a break, not lost.
@@ -197,10 +202,10 @@ def _on_meta_if_fake(model: nn.Module) -> Iterator[dict[int, nn.Parameter]]:
                     fakes.append((store, name, value))
     try:
         for store, name, value in fakes:
-            meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            meta: torch.Tensor = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
             if isinstance(value, nn.Parameter):
                 meta = nn.Parameter(meta, requires_grad=value.requires_grad)
-            store[name] = lent.setdefault(id(value), meta)
+            store[name] = lent.setdefault(id(value), meta)  # type: ignore[assignment]
             if isinstance(value, nn.Parameter):
                 real_of[id(store[name])] = value
         yield real_of
@@ -221,7 +226,7 @@ def _as_if_uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 def _regions_inlined() -> AbstractContextManager[None]:
-    """A region that is traced once and called with several layers' weights (nested_compile_region): each call on its own."""
+    """A region traced once and called with several layers' weights (nested_compile_region): each call on its own."""
     known = hasattr(torch._dynamo.config, "inline_invoke_subgraph")
     return torch._dynamo.config.patch(inline_invoke_subgraph=True) if known else nullcontext()
 

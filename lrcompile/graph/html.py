@@ -72,8 +72,16 @@ def _tiles(report: Report) -> str:
     first, last = report.stages[0], report.stages[-1]
     tiles = [
         ("weights that become pairs", f"{report.plan.compression:.2f}×", "fewer numbers in them"),
-        ("parameters", _ratio(first.model_parameters, last.model_parameters), change(first.model_parameters, last.model_parameters).split(" (")[0]),
-        ("bytes", _ratio(first.model_bytes, last.model_bytes), change(first.model_bytes, last.model_bytes, size).split(" (")[0]),
+        (
+            "parameters",
+            _ratio(first.model_parameters, last.model_parameters),
+            change(first.model_parameters, last.model_parameters).split(" (")[0],
+        ),
+        (
+            "bytes",
+            _ratio(first.model_bytes, last.model_bytes),
+            change(first.model_bytes, last.model_bytes, size).split(" (")[0],
+        ),
         ("FLOPs of a forward", _ratio(first.flops, last.flops), change(first.flops, last.flops).split(" (")[0]),
         ("saved for backward", _ratio(first.saved, last.saved), change(first.saved, last.saved, size).split(" (")[0]),
     ]
@@ -98,8 +106,17 @@ def _passes(stages: list[Stage]) -> str:
     for stage in stages:
         lines = [f"<div>{escape(line)}</div>" for line in fold_lines(stage.changed)]
         lines += [f'<div class="left">{escape(line)}</div>' for line in fold_lines(stage.notes)]
-        kind = "" if before is None else '<td class="exact">exact</td>' if stage.exact else '<td class="approx">approximating</td>'
-        cells = [_cell(before, stage, *c) for c in (("parameters", count), ("bytes", size), ("flops", count), ("saved", size))]
+        kind = (
+            ""
+            if before is None
+            else '<td class="exact">exact</td>'
+            if stage.exact
+            else '<td class="approx">approximating</td>'
+        )
+        cells = [
+            _cell(before, stage, *c)
+            for c in (("parameters", count), ("bytes", size), ("flops", count), ("saved", size))
+        ]
         rows.append(
             f'<tr><td><b class="name">{escape(stage.name)}</b><div class="what">{"".join(lines)}</div></td>{kind or "<td></td>"}'
             f'{"".join(cells)}<td class="n">{escape(error_text(stage))}</td><td class="n">{f"{stage.seconds:.2f} s" if before else ""}</td></tr>'
@@ -126,7 +143,11 @@ def _cell(before: Stage | None, stage: Stage, name: str, write: object) -> str:
 
 def _table(head: Iterable[str], rows: Iterable[str], left: int) -> str:
     cells = "".join(f"<th{'' if i < left else ' class=n'}>{h}</th>" for i, h in enumerate(head))
-    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>\n' + "\n".join(rows) + "\n</tbody></table></div>"
+    return (
+        f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>\n'
+        + "\n".join(rows)
+        + "\n</tbody></table></div>"
+    )
 
 
 def _weights(report: Report) -> str:
@@ -134,7 +155,13 @@ def _weights(report: Report) -> str:
     errors = report.errors
     for e in report.plan.entries:
         rank = str(e.rank) if e.rank is not None else "dense"
-        error = f"{errors[e.key]:.4f}" if e.key in errors else "" if e.rank is None or report.measurable else "not measured (meta)"
+        error = (
+            f"{errors[e.key]:.4f}"
+            if e.key in errors
+            else ""
+            if e.rank is None or report.measurable
+            else "not measured (meta)"
+        )
         after = f"{e.numel:,}" if e.rank is not None else f'<span class="what">{escape(e.reason)}</span>'
         rows.append(
             f'<tr><td class="name">{escape(" = ".join(e.names))}</td><td class="n">{"×".join(map(str, e.shape))}</td>'
@@ -191,15 +218,21 @@ def _diffs(stages: list[Stage]) -> str:
     for stage in stages:
         if stage.before is None:
             body = "".join(f"<div>{escape(line) or '&nbsp;'}</div>" for line in stage.code.splitlines())
-            out.append(f"<details><summary>{stage.name} <span>the graph as it came</span></summary><pre>{body}</pre></details>")
+            out.append(
+                f"<details><summary>{stage.name} <span>the graph as it came</span></summary><pre>{body}</pre></details>"
+            )
             continue
         lines = stage.diff().splitlines()[2:]
         if not lines:
-            out.append(f"<details><summary>{escape(stage.name)} <span>leaves the graph as it is</span></summary></details>")
+            out.append(
+                f"<details><summary>{escape(stage.name)} <span>leaves the graph as it is</span></summary></details>"
+            )
             continue
         plus, minus = (sum(line.startswith(sign) for line in lines) for sign in "+-")
         body = "".join(_diff_line(line) for line in lines)
-        out.append(f"<details><summary>{escape(stage.name)} <span>+{plus} −{minus} lines</span></summary><pre>{body}</pre></details>")
+        out.append(
+            f"<details><summary>{escape(stage.name)} <span>+{plus} −{minus} lines</span></summary><pre>{body}</pre></details>"
+        )
     return "\n".join(out)
 
 

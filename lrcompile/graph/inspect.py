@@ -26,9 +26,7 @@ from lrcompile.weights.plan import Entry, Plan
 from lrcompile.weights.planner import context_for, plan_from
 
 
-def inspect(
-    model: nn.Module, example_inputs: Inputs, recipe: Recipe | None = None, *, verify: bool = False
-) -> Report:
+def inspect(model: nn.Module, example_inputs: Inputs, recipe: Recipe | None = None, *, verify: bool = False) -> Report:
     """Run every pass over copies of the model's graphs and say what each did. Touches nothing; works on `meta`.
 
     Costs (FLOPs, saved bytes) and measured errors are computed when they are asked for or printed; the Report keeps the

@@ -1,7 +1,7 @@
 """The pipeline: runs passes in order over the graphs of a model, keeps a snapshot of each, and can check them.
 
-Translation validation: with `verify=True`, every graph is run before and after each *exact* pass on the same inputs, and
-the outputs and gradients must agree to rounding; the pass that breaks them is named.
+Translation validation: with `verify=True`, every graph is run before and after each *exact* pass on the same inputs,
+and the outputs and gradients must agree to rounding; the pass that breaks them is named.
 """
 
 from __future__ import annotations
@@ -130,17 +130,17 @@ def _run_one(function: PassFunction, gm: fx.GraphModule, ctx: PassContext) -> Pa
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """An independent copy of a graph and its sub-graphs; tensors and fake values are shared."""
-    memo: dict[int, Any] = {}
-    for module in gm.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            memo[id(tensor)] = tensor
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {}, return_output_node=True)
     assert isinstance(output, tuple)
     graph.output(output[0]).meta.update(gm.graph.output_node().meta)
     root = nn.Module()
+    bodies: dict[int, fx.GraphModule] = {}  # one body under two names stays one
     for key, child in gm._modules.items():
-        root._modules[key] = copy_graph(child) if isinstance(child, fx.GraphModule) else child
+        if isinstance(child, fx.GraphModule):
+            root._modules[key] = bodies.setdefault(id(child), copy_graph(child))
+        else:
+            root._modules[key] = child
     for key, item in gm.__dict__.items():
         if isinstance(item, torch.Tensor) and not key.startswith("_"):
             setattr(root, key, item)

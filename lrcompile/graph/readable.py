@@ -92,7 +92,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 
 def _namespace(target: Any) -> str:
-    """"F." or "torch.": functions mustn't look like the values that Dynamo names after them."""
+    """ "F." or "torch.": functions mustn't look like the values that Dynamo names after them."""
     home = getattr(target, "__module__", None) or ""
     if "_nn" in home or home == "torch.nn.functional":
         return "F."

@@ -31,7 +31,9 @@ class Pair:
 
 
 @torch.no_grad()
-def svd_pair(weight: Float[Tensor, "out_features in_features"], rank: int, method: str = "auto", name: str = "weight") -> Pair:
+def svd_pair(
+    weight: Float[Tensor, "out_features in_features"], rank: int, method: str = "auto", name: str = "weight"
+) -> Pair:
     """The best pair of this rank, with √Σ on each side (spectral initialisation, 2105.01029).
 
     Args:

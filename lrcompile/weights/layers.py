@@ -138,7 +138,7 @@ def paired_class(base: type[nn.Module], names: tuple[tuple[str, bool], ...]) -> 
 
 
 def _rebuild(base: type[nn.Module], names: tuple[tuple[str, bool], ...]) -> nn.Module:
-    cls = paired_class(base, names)
+    cls = paired_class(base, names)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
@@ -172,4 +172,4 @@ def remove_pairs(module: nn.Module, dense: dict[str, nn.Parameter]) -> None:
     module._parameters.clear()
     module._parameters.update(replaced)
     del module.__dict__["lr_pairs"]
-    module.__class__ = module.lr_base
+    module.__class__ = module.lr_base  # type: ignore[assignment]

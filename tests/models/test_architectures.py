@@ -51,22 +51,20 @@ def assert_same(got: Tensor, wanted: Tensor, what: str, tolerance: float = ROUND
     assert error <= tolerance, f"{what}: off by {error:.1e} of the largest output, allowed is {tolerance:.0e}"
 
 
-def check_full_rank(case: Case, recipe: Recipe = FULL_RANK, tolerance: float = ROUNDING) -> None:
+def check_full_rank(case: Case, recipe: Recipe = FULL_RANK) -> None:
     """With every rank kept, only the way of computing changed, not the function."""
     original = case.fresh()
     adopted = lrcompile.adopt(copy.deepcopy(original), recipe, case.inputs())
     assert len(list(adopted.parameters())) > len(list(original.parameters())), "nothing was replaced"
-    assert_same(outputs(case, adopted), outputs(case, original), "full rank against the original", tolerance)
+    assert_same(outputs(case, adopted), outputs(case, original), "full rank against the original")
 
 
-def check_plan_and_adoption(case: Case, recipe: Recipe = Recipe(), compression: float = 2.64) -> None:  # noqa: B008
+def check_plan_and_adoption(case: Case, compression: float = 2.64) -> None:
     """Every block linear has its pair, the rest of the model stays what it was, and the saving is real."""
     model = case.fresh()
     before = dict(model.named_parameters())
-    plan = lrcompile.plan(model, case.inputs(), recipe)
-    assert {n: id(p) for n, p in model.named_parameters()} == {n: id(p) for n, p in before.items()}, (
-        "plan wrote"
-    )
+    plan = lrcompile.plan(model, case.inputs(), Recipe(compression=compression))
+    assert {n: id(p) for n, p in model.named_parameters()} == {n: id(p) for n, p in before.items()}, "plan wrote"
 
     planned = {name: entry for entry in plan.entries for name in entry.names}
     wanted = set(case.block_linears(model))
@@ -76,9 +74,7 @@ def check_plan_and_adoption(case: Case, recipe: Recipe = Recipe(), compression: 
     left = {n: planned[n].reason for n in wanted if planned[n].rank is None}
     assert not left, f"left dense: {left}"
     replaced = {e.names[0]: e for e in plan.entries if e.rank is not None}
-    assert not case.dense(model) & {n for e in replaced.values() for n in e.names}, (
-        "an embedding or head is replaced"
-    )
+    assert not case.dense(model) & {n for e in replaced.values() for n in e.names}, "an embedding or head is replaced"
 
     full = sum(math.prod(planned[n].shape) for n in wanted)
     pairs = sum(planned[n].rank * sum(planned[n].shape) for n in wanted)
@@ -139,9 +135,9 @@ def scrambled(case: Case) -> nn.Module:
     return model
 
 
-def check_saved_state(case: Case, folder: Path, tolerance: float = ROUNDING) -> None:
+def check_saved_state(case: Case, folder: Path, recipe: Recipe = Recipe()) -> None:  # noqa: B008
     """What is saved gives the same bits when loaded; its dense form fits the untouched model."""
-    model = lrcompile.adopt(case.fresh(), Recipe(), case.inputs())
+    model = lrcompile.adopt(case.fresh(), recipe, case.inputs())
     wanted = outputs(case, model)
     lrcompile.save(model, folder)
     loaded = scrambled(case)
@@ -153,7 +149,7 @@ def check_saved_state(case: Case, folder: Path, tolerance: float = ROUNDING) -> 
     shapes = {n: t.shape for n, t in dense.state_dict().items()}
     assert {n: t.shape for n, t in state.items()} == shapes
     dense.load_state_dict(state, strict=True)
-    assert_same(outputs(case, dense), wanted, "the dense state against the pairs", tolerance)
+    assert_same(outputs(case, dense), wanted, "the dense state against the pairs")
 
 
 @all_cases

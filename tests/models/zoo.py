@@ -171,10 +171,7 @@ class TinyBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, WIDTH) -> the same."""
-        q, k, v = (
-            t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-            for t in self.qkv(self.norm_1(x)).split(WIDTH, dim=-1)
-        )
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(self.norm_1(x)).split(WIDTH, dim=-1))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm_2(x))))
@@ -269,13 +266,9 @@ CASES: tuple[Case, ...] = (
         hf("OPTForCausalLM", "OPTConfig", LM, ffn_dim=HIDDEN, word_embed_proj_dim=WIDTH, dropout=0.0),
         ("model.decoder.layers",),
     ),
-    Case(
-        "gpt_neox", hf("GPTNeoXForCausalLM", "GPTNeoXConfig", LM), ("gpt_neox.layers",), ("lm_head.weight",)
-    ),
+    Case("gpt_neox", hf("GPTNeoXForCausalLM", "GPTNeoXConfig", LM), ("gpt_neox.layers",), ("lm_head.weight",)),
     gpt_like("gptj", "GPTJ", "GPTJForCausalLM", ("lm_head.weight",), rotary_dim=16),
-    classifier(
-        "bert", hf("BertForSequenceClassification", "BertConfig", BERT), "bert.encoder.layer", sentence
-    ),
+    classifier("bert", hf("BertForSequenceClassification", "BertConfig", BERT), "bert.encoder.layer", sentence),
     masked("roberta", "Roberta", "roberta.encoder.layer"),
     classifier(
         "distilbert",
