@@ -123,11 +123,13 @@ def test_five_steps_on_real_text(case):
 
 @both
 def test_save_load_and_the_way_back(case, tmp_path):
-    check_saved_state(case, tmp_path / "saved", Recipe(include=SOME[case.name]))
+    # With SmolLM2's first layer cut, the fp32 outputs of the pairs are 1.5e-4 away from their own in fp64.
+    tolerance = 1e-4 if case is MINILM else 1e-3
+    check_saved_state(case, tmp_path / "saved", Recipe(include=SOME[case.name]), tolerance)
 
 
 def test_sentence_embeddings_survive_at_nine_tenths_of_the_rank():
     model = lrcompile.adopt(MINILM.fresh(), Recipe(rank_ratio=0.9, require_saving=False), MINILM.inputs()).eval()
     with torch.no_grad():
         cosine = F.cosine_similarity(embeddings(model(**MINILM.inputs())), teacher())
-    assert cosine.min() > 0.9, cosine
+    assert cosine.min() > 0.9, cosine  # measured: 0.904 to 0.924; at eight tenths of the rank 0.818 to 0.874
