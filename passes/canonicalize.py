@@ -29,7 +29,7 @@ from lrcompile.passes.graphs import (
     trace_matrix,
     value,
 )
-from lrcompile.passes.open_attention import open_attention
+from lrcompile.passes.open_attention import OPENED, open_attention
 
 _MATMULS = {"matmul", "mm", "__matmul__"}
 
@@ -40,7 +40,7 @@ def canonicalize(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     result = PassResult()
     for scope in scopes(gm, result.notes):
         for node in list(scope.gm.graph.nodes):
-            if node.target is F.multi_head_attention_forward:
+            if node.target in OPENED:
                 name = module_name(node)
                 try:
                     open_attention(scope, node)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -198,6 +199,20 @@ def test_the_callers_gradient_mode_is_kept(grad):
     with torch.set_grad_enabled(grad):
         capture(Stack(), (torch.randn(3, 32),))
         assert torch.is_grad_enabled() == grad
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_encoder_layer_of_torch_is_seen_into_without_gradients(enabled):
+    model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        with torch.no_grad():
+            [graph] = capture(model, (torch.randn(2, 5, 16),)).graphs
+        assert torch.backends.mha.get_fastpath_enabled() == enabled
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    assert F.multi_head_attention_forward in {n.target for n in graph.gm.graph.nodes}
 
 
 def test_inputs_that_do_not_fit_say_what_to_do():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,7 +98,7 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
         graphs.append(CapturedGraph(gm, list(inputs)))
         return gm.forward
 
-    with _on_meta_if_fake(plain) as real_of, _state_kept(plain), _as_if_uncompiled(plain), _regions_inlined():
+    with _on_meta_if_fake(plain) as real_of, _state_kept(plain), _as_if_uncompiled(plain), _opened_up():
         args, kwargs = _to_device_of(plain, (args, kwargs))
         before = dict(counters["graph_break"])
         try:
@@ -225,10 +225,22 @@ def _as_if_uncompiled(model: nn.Module) -> Iterator[None]:
             module.__dict__["_compiled_call_impl"] = call
 
 
-def _regions_inlined() -> AbstractContextManager[None]:
-    """A region traced once and called with several layers' weights (nested_compile_region): each call on its own."""
+@contextmanager
+def _opened_up() -> Iterator[None]:
+    """Every product in sight, each call on its own.
+
+    A region traced once and called with several layers' weights (nested_compile_region) is inlined, and
+    nn.TransformerEncoderLayer doesn't take the one opaque operator it runs as without gradients.
+    """
     known = hasattr(torch._dynamo.config, "inline_invoke_subgraph")
-    return torch._dynamo.config.patch(inline_invoke_subgraph=True) if known else nullcontext()
+    inlined = torch._dynamo.config.patch(inline_invoke_subgraph=True) if known else nullcontext()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with inlined:
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager

@@ -176,10 +176,15 @@ def compare(before: fx.GraphModule, after: fx.GraphModule, inputs: list[Any]) ->
     Outputs, inputs that a graph writes to (a running mean), and the gradients of every floating input are compared.
     Infinite where the two differ in number, shape or dtype, or in where they hold NaN, infinities or masks.
     """
-    try:
-        left, right = (_run_with_gradients(gm, inputs, True) for gm in (before, after))
-    except RuntimeError:  # an input that no gradient can be asked of: batch_norm's running mean
-        left, right = (_run_with_gradients(gm, inputs, False) for gm in (before, after))
+    for gradients in ("all", "wanted", "none"):
+        try:
+            left = _run_with_gradients(before, inputs, gradients)
+        except RuntimeError:  # no gradient can be asked of an input (batch_norm's running mean), or of an op at all
+            if gradients == "none":
+                raise
+        else:
+            break
+    right = _run_with_gradients(after, inputs, gradients)
     precision = _precision([t for tensors in left for t in tensors])
     return max(_gap(a, b, _ROUNDING[precision]) for a, b in zip(left, right, strict=True))
 
@@ -239,10 +244,10 @@ def _precision(tensors: list[torch.Tensor | None]) -> torch.dtype:
     return max(kinds, key=lambda d: _ROUNDING[d], default=torch.float32)
 
 
-def _run_with_gradients(gm: fx.GraphModule, inputs: list[Any], every: bool) -> tuple[list[Any], list[Any], list[Any]]:
+def _run_with_gradients(gm: fx.GraphModule, inputs: list[Any], gradients: str) -> tuple[list[Any], list[Any], list[Any]]:
     """Outputs, inputs afterwards, and gradients, with the random stream restarted.
 
-    The gradients of every floating input, or only of those that require one.
+    `gradients` is of every floating input ("all"), of those that require one ("wanted"), or "none".
     """
     leaves: list[torch.Tensor] = []
 
@@ -252,7 +257,7 @@ def _run_with_gradients(gm: fx.GraphModule, inputs: list[Any], every: bool) -> t
         if not isinstance(x, torch.Tensor):
             return x
         copy = x.detach().clone()
-        if x.is_floating_point() and (every or x.requires_grad):
+        if x.is_floating_point() and (gradients == "all" or (gradients == "wanted" and x.requires_grad)):
             leaves.append(copy.requires_grad_(True))
         return copy
 
@@ -266,9 +271,9 @@ def _run_with_gradients(gm: fx.GraphModule, inputs: list[Any], every: bool) -> t
         targets = [t for t in outputs if t.requires_grad and t.is_floating_point()]
         generator = torch.Generator().manual_seed(1)
         seeds = [torch.randn(t.shape, generator=generator).to(t) for t in targets]
-        gradients = torch.autograd.grad(targets, leaves, seeds, allow_unused=True) if targets else ()
+        grads = torch.autograd.grad(targets, leaves, seeds, allow_unused=True) if targets else ()
     states = [x.detach() for x in given if isinstance(x, torch.Tensor)]
-    return [t.detach() for t in outputs], states, list(gradients)
+    return [t.detach() for t in outputs], states, list(grads)
 
 
 def fake_inputs(gm: fx.GraphModule) -> list[Any]:
