@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == ["bench"]:
             from lrcompile.bench import main as bench
 
-            return int(bench(argv[1:]) or 0)
+            bench(argv[1:])
+            return 0
         args = _parser().parse_args(argv)
         return int(args.run(args))
     except LrcompileError as error:

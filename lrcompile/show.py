@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,83 +18,14 @@ from rich.text import Text
 
 from lrcompile.graph.names import plain_name
 from lrcompile.weights.factor import singular_values
+from lrcompile.words import change, count, fold, fold_lines, size
 
 if TYPE_CHECKING:
-    from lrcompile.graph.inspect import Report, Stage
+    from lrcompile.graph.inspect import Report
+    from lrcompile.graph.stage import Stage
     from lrcompile.weights.plan import Entry, Plan
 
 _BARS = "▁▂▃▄▅▆▇█"
-
-
-def count(n: float) -> str:
-    """1234567 -> "1.23M"."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
-            return f"{n / size:.3g}{unit}" if abs(n) < 999.5 * size else f"{n / size:.0f}{unit}"
-    return f"{n:.0f}"
-
-
-def size(n: float) -> str:
-    """1234567 -> "1.23 MB"; decimal units."""
-    text = count(n)
-    return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
-
-
-def change(before: float, after: float, write: Any = count) -> str:
-    """ "12M → 4M (3.00x)"."""
-    if before == after:
-        return str(write(before))
-    return f"{write(before)} → {write(after)}" + (f" ({before / after:.2f}x)" if after else "")
-
-
-def fold(names: Iterable[str]) -> list[str]:
-    """Repeated layers as one: ["h.0.fc", "h.1.fc", "out"] -> ["h.0-1.fc", "out"]. Order of first appearance."""
-    groups: dict[str, list[tuple[int, ...]]] = {}
-    for name in dict.fromkeys(names):
-        shape = ".".join(
-            "{}" if part.isdigit() else part.replace("{", "{{").replace("}", "}}") for part in name.split(".")
-        )
-        groups.setdefault(shape, []).append(tuple(int(part) for part in name.split(".") if part.isdigit()))
-    return [shape.format(*index) for shape, indices in groups.items() for index in _ranges(indices)]
-
-
-def _ranges(indices: Sequence[tuple[int, ...]]) -> list[tuple[str, ...]]:
-    if not indices[0]:
-        return [()]
-    columns = [sorted(set(column)) for column in zip(*indices, strict=True)]
-    if math.prod(map(len, columns)) == len(indices):
-        return [tuple(map(_range, columns))]
-    return [
-        (str(first), *rest)
-        for first in columns[0]
-        for rest in _ranges([index[1:] for index in indices if index[0] == first])
-    ]
-
-
-def _range(numbers: list[int]) -> str:
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-
-
-def fold_lines(lines: Iterable[str]) -> list[str]:
-    """Lines "site: what" with the same `what` as one, their sites folded; the number of sites in front."""
-    by_change: dict[str, list[str]] = {}
-    for line in lines:
-        site, _, what = line.partition(": ")
-        site = site.removesuffix(".weight")
-        by_change.setdefault(what, []).append(site)
-    out = []
-    for what, sites in by_change.items():
-        folded = fold(sites)
-        where = ", ".join(folded[:4]) + (f" and {len(folded) - 4} more" if len(folded) > 4 else "")
-        out.append(f"{len(sites)} × {what}: {where}" if what else where)
-    return out
-
 
 # --- a Plan -----------------------------------------------------------------------------------------------------------
 
@@ -131,13 +62,13 @@ def plan_table(plan: Plan, spectra: dict[str, torch.Tensor] | None = None, token
     for group in plan_groups(plan):
         e, dense, now = group[0], sum(e.dense_numel for e in group), sum(e.numel for e in group)
         seen += dense
-        name = Text(group_name(group) + (f"  ×{len(group)}" if len(group) > 1 else ""), style="" if e.rank else "dim")
+        label = Text(group_name(group) + (f"  ×{len(group)}" if len(group) > 1 else ""), style="" if e.rank else "dim")
         if e.rank is None:
-            name.append(f"\n{e.reason}", style="italic dim")
+            label.append(f"\n{e.reason}", style="italic dim")
         rank = Text(str(e.rank), style="bold green") if e.rank is not None else Text("dense", style="dim")
         kept = f"{now / dense:.0%}" if e.rank is not None else ""
         table.add_row(
-            name, "x".join(map(str, e.shape)), rank, change(dense, now).split(" (")[0], kept, f"{now / after:.1%}"
+            label, "x".join(map(str, e.shape)), rank, change(dense, now).split(" (")[0], kept, f"{now / after:.1%}"
         )
     if before - seen > 0:
         table.add_row(
@@ -250,7 +181,7 @@ def report_table(report: Report) -> RenderableType:
             _what(stage),
             "" if before is None else Text("exact", "green") if stage.exact else Text("approx.", "yellow"),
             *(_cell(before, stage, name, write) for name, write in cells),
-            error_text(stage),
+            error_text(stage).replace(" (", "\n("),
             f"{stage.seconds:.2f} s" if before else "",
         )
         before = stage
@@ -326,9 +257,9 @@ def show(content: Any) -> None:
 
 
 def as_text(content: RenderableType, width: int | None = None) -> str:
-    """What rich would print, without colours; at least 110 columns unless the terminal is known."""
+    """What rich would print, without colours; in 120 columns where there is no terminal."""
     if width is None:
         width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
-    console.print(content)
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined, no-any-return]
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None, force_terminal=False, legacy_windows=False).print(content)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

@@ -1,6 +1,7 @@
 """What holds for the whole test run: the installed package is tested, with its annotations checked at run time."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # and dtypes where the annotation is jaxtyping's. Modules whose code Dynamo traces are left out: it would trace the
 # checks along with it. So is the Recipe, which checks its own arguments: those messages are the ones tested.
 CHECKED = [
-    "lrcompile.cost",
     "lrcompile.weights.factor",
     "lrcompile.weights.plan",
     "lrcompile.weights.planner",
@@ -45,3 +45,11 @@ def _log_level():
     logger.setLevel(logging.INFO)
     yield
     logger.setLevel(before)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone, for the wrappers that need one."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -13,11 +13,26 @@ from torch.utils.checkpoint import checkpoint
 from lrcompile import Recipe
 from lrcompile.graph.capture import Capture, CapturedGraph, capture
 from lrcompile.graph.pipeline import Snapshot, run_passes
-from lrcompile.passes import PassContext, PassFunction
+from lrcompile.passes import (
+    PassContext,
+    PassFunction,
+    allocate_ranks,
+    canonicalize,
+    factorize,
+    lower,
+    reassociate,
+    select,
+)
+from lrcompile.passes.graphs import linear_fn, pair_product, scopes, value
 from lrcompile.weights.factor import svd_pair
 from lrcompile.weights.planner import context_for
 
 WIDTH, HIDDEN, VOCAB = 32, 64, 50
+BLOCKS = {
+    f"body.blocks.{i}.{n}.weight" for i in (0, 1) for n in ("up", "down")
+}  # the weights of a LanguageModel's blocks
+DECIDE = [canonicalize, select, allocate_ranks]
+ALL = [*DECIDE, factorize, reassociate, lower]
 
 
 class Block(nn.Module):
@@ -150,3 +165,25 @@ def pair_values(captured: Capture, ctx: PassContext) -> Any:
         return inputs
 
     return values
+
+
+def check_clean(gm) -> None:
+    """A well-formed graph whose every tensor node still tells its shape truly."""
+    for scope in scopes(gm):
+        scope.gm.graph.lint()
+        for node in scope.gm.graph.nodes:
+            if node.target in (linear_fn, F.embedding):
+                assert isinstance(value(node), Tensor), node
+                matrix, x = value(node.args[1]), value(node.args[0])
+                last = matrix.shape[0] if node.target is linear_fn else matrix.shape[1]
+                assert value(node).shape[-1] == last and value(node).shape[:-1] == (
+                    x.shape[:-1] if node.target is linear_fn else x.shape
+                )
+
+
+def targets(gm) -> list:
+    return [n.target for scope in scopes(gm) for n in scope.gm.graph.nodes if n.op.startswith("call")]
+
+
+def no_dense_product(gm) -> bool:
+    return not any(pair_product(scope, n) for scope in scopes(gm) for n in scope.gm.graph.nodes)

@@ -27,7 +27,6 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="a small model: checks that the measurement runs")
     arguments = parser.parse_args(argv)
     try:
-        module = import_module(f"lrcompile.bench.{arguments.name}")
+        import_module(f"lrcompile.bench.{arguments.name}").run(quick=arguments.quick)
     except ImportError as error:
         raise LrcompileError(f'{error}; install what it needs with pip install "lrcompile[hf]"') from error
-    module.run(quick=arguments.quick)

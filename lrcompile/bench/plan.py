@@ -8,13 +8,14 @@ import time
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lrcompile
 
 
 def run(*, quick: bool = False) -> None:
     """Build the model on meta, plan it, and print seconds and the peak memory of this process."""
+    from transformers import AutoModelForCausalLM, LlamaConfig  # the extra "hf"
+
     config = LlamaConfig(num_hidden_layers=2 if quick else 32)  # the other defaults are Llama-2-7B's
     start = time.perf_counter()
     with torch.device("meta"):

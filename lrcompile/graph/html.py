@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lrcompile.show import change, count, energy, error_text, fold_lines, group_name, plan_groups, size
+from lrcompile.show import energy, error_text, group_name, plan_groups
+from lrcompile.words import change, count, fold_lines, size
 
 if TYPE_CHECKING:
-    from lrcompile.graph.inspect import Report, Stage
+    from lrcompile.graph.inspect import Report
+    from lrcompile.graph.stage import Stage
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #667085; --line: #e3e6ec; --page: #fbfbfd; --card: #fff;
@@ -117,10 +119,9 @@ def _passes(stages: list[Stage]) -> str:
             _cell(before, stage, *c)
             for c in (("parameters", count), ("bytes", size), ("flops", count), ("saved", size))
         ]
-        rows.append(
-            f'<tr><td><b class="name">{escape(stage.name)}</b><div class="what">{"".join(lines)}</div></td>{kind or "<td></td>"}'
-            f'{"".join(cells)}<td class="n">{escape(error_text(stage))}</td><td class="n">{f"{stage.seconds:.2f} s" if before else ""}</td></tr>'
-        )
+        cells += [f'<td class="n">{x}</td>' for x in (error_text(stage), f"{stage.seconds:.2f} s" if before else "")]
+        name = f'<b class="name">{escape(stage.name)}</b><div class="what">{"".join(lines)}</div>'
+        rows.append(f"<tr><td>{name}</td>{kind or '<td></td>'}{''.join(cells)}</tr>")
         before = stage
     head = ("pass", "numerics", "parameters", "bytes", "FLOPs", "saved", "error", "time")
     note = (
@@ -163,12 +164,12 @@ def _weights(report: Report) -> str:
             else "not measured (meta)"
         )
         after = f"{e.numel:,}" if e.rank is not None else f'<span class="what">{escape(e.reason)}</span>'
-        rows.append(
-            f'<tr><td class="name">{escape(" = ".join(e.names))}</td><td class="n">{"×".join(map(str, e.shape))}</td>'
-            f'<td class="n">{rank}</td><td class="n">{e.dense_numel:,}</td><td class="n">{after}</td><td class="n">{error}</td></tr>'
-        )
+        cells = ("×".join(map(str, e.shape)), rank, f"{e.dense_numel:,}", after, error)
+        numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
+        rows.append(f'<tr><td class="name">{escape(" = ".join(e.names))}</td>{numbers}</tr>')
     table = _table(("weight", "shape", "rank", "numbers", "after", "‖W − BA‖ / ‖W‖"), rows, 1)
-    return f"<h2>Every weight</h2>\n<details{' open' if len(rows) <= 20 else ''}><summary>{len(rows)} weights</summary>{table}</details>"
+    shown = " open" if len(rows) <= 20 else ""
+    return f"<h2>Every weight</h2>\n<details{shown}><summary>{len(rows)} weights</summary>{table}</details>"
 
 
 def _spectra(report: Report) -> str:

@@ -244,7 +244,9 @@ def _precision(tensors: list[torch.Tensor | None]) -> torch.dtype:
     return max(kinds, key=lambda d: _ROUNDING[d], default=torch.float32)
 
 
-def _run_with_gradients(gm: fx.GraphModule, inputs: list[Any], gradients: str) -> tuple[list[Any], list[Any], list[Any]]:
+def _run_with_gradients(
+    gm: fx.GraphModule, inputs: list[Any], gradients: str
+) -> tuple[list[Any], list[Any], list[Any]]:
     """Outputs, inputs afterwards, and gradients, with the random stream restarted.
 
     `gradients` is of every floating input ("all"), of those that require one ("wanted"), or "none".

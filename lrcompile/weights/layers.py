@@ -156,7 +156,7 @@ def install_pair(
     module._parameters.clear()
     module._parameters.update(replaced)
     module.lr_pairs = {**pairs, name: told}  # type: ignore[assignment]
-    module.__class__ = paired_class(base, (*names, (name, stored_in_out)))
+    module.__class__ = paired_class(base, (*names, (name, stored_in_out)))  # type: ignore[arg-type]
 
 
 def remove_pairs(module: nn.Module, dense: dict[str, nn.Parameter]) -> None:

@@ -1,0 +1,96 @@
+"""One dial becomes a rank for each weight: compression, rank, rank_ratio or bytes, in whole tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lrcompile import PlanError, Recipe
+from lrcompile.graph.capture import capture
+from lrcompile.graph.pipeline import run_passes
+from lrcompile.passes import Weight, factorize
+from lrcompile.passes.allocate_ranks import round_to_tile
+from lrcompile.weights.planner import context_for
+
+from .helpers import BLOCKS, DECIDE, LanguageModel, Stack, ids, run
+
+
+def planned(recipe: Recipe, width: int = 256, depth: int = 2) -> dict[str, Weight]:
+    """The weights of a stack of blocks (width x 2 width), on the meta device."""
+    with torch.device("meta"):
+        model = Stack(depth, width)
+    _, ctx, _ = run(model, (torch.randn(3, width),), DECIDE, recipe, verify=False)
+    return ctx.weights
+
+
+def kept(weights: dict[str, Weight]) -> int:
+    return sum(w.numel if w.rank is None else w.pair_numel(w.rank) for w in weights.values())
+
+
+@pytest.mark.parametrize("compression", [1.0, 1.3, 2.0, 2.64, 4, 10, 50])
+@pytest.mark.parametrize("require_saving", [True, False])
+def test_compression_is_reached_and_not_overshot_by_more_than_a_tile(compression, require_saving):
+    weights = planned(Recipe(compression=compression, require_saving=require_saving), width=512)
+    dense = sum(w.numel for w in weights.values())
+    assert kept(weights) <= dense / compression
+    for w in weights.values():
+        if w.rank is not None and w.rank < min(w.shape):
+            more = w.rank + (64 if w.rank >= 1024 else 16 if w.rank >= 64 else 8 if w.rank >= 24 else 1)
+            assert w.rank == round_to_tile(w.rank, min(w.shape))
+            every_one = sum(v.pair_numel(more) for v in weights.values())
+            assert every_one > dense / compression or every_one >= dense
+
+
+def test_uneven_shapes_share_one_compression():
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 300), nn.ReLU(), nn.Linear(300, 40), nn.Tanh())
+    _, ctx, _ = run(model, (torch.randn(5, 64),), DECIDE, Recipe(compression=3, include=("*", "4")), verify=False)
+    dense = sum(w.numel for w in ctx.weights.values())
+    assert dense / kept(ctx.weights) >= 3
+    shares = [w.pair_numel(w.rank) / w.numel for w in ctx.weights.values()]
+    assert max(shares) - min(shares) < 0.25
+
+
+def test_rank_and_rank_ratio():
+    assert {w.rank for w in planned(Recipe(rank=5)).values()} == {5}
+    assert {w.rank for w in planned(Recipe(rank_ratio=0.25)).values()} == {64}
+    assert {w.rank for w in planned(Recipe(rank_ratio=1, require_saving=False)).values()} == {256}
+    dense = planned(Recipe(rank_ratio=1))
+    assert all(w.rank is None and "not fewer than" in w.reason for w in dense.values())
+    with pytest.raises(PlanError, match=r"rank=300 is above min\(in, out\) = 256 of blocks\.0\.up\.weight \(512x256\)"):
+        planned(Recipe(rank=300))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_budget_bytes_of_the_whole_model(share, dtype):
+    model = LanguageModel().to(dtype)
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    fixed = total - sum(model.get_parameter(k).numel() for k in BLOCKS) * dtype.itemsize
+    budget = int(fixed + (total - fixed) * share)
+    captured, ctx, stages = run(model, (ids(),), [*DECIDE, factorize], Recipe(budget_bytes=budget), verify=False)
+    gone = sum((w.numel - w.pair_numel(w.rank)) * dtype.itemsize for w in ctx.weights.values() if w.rank is not None)
+    assert total - gone <= budget and total - gone > 0.8 * budget
+    with pytest.raises(PlanError, match=r"can't be met: rank 1 everywhere needs \d+ bytes"):
+        run(model, (ids(),), DECIDE, Recipe(budget_bytes=fixed), verify=False)
+
+
+def test_what_cannot_be_reached_is_an_error():
+    with pytest.raises(PlanError, match=r"compression=500 can't be reached: rank 1 everywhere gives 170\.7"):
+        planned(Recipe(compression=500))
+    model = Stack()
+    captured = capture(model, (torch.randn(3, 32),))
+    ctx = context_for(model, captured, Recipe(budget_bytes=100_000))
+    ctx.other_bytes = None  # as the backend, which doesn't see the whole model
+    with pytest.raises(PlanError, match=r"call lrcompile\.adopt\(model"):
+        run_passes(captured, DECIDE, ctx)
+
+
+def test_ranks_are_tiles():
+    assert [round_to_tile(r, 4096) for r in (0.2, 7.4, 15.2, 17, 30, 100, 511, 530, 1000)] == [
+        1, 7, 15, 17, 32, 96, 512, 528, 1008,
+    ]  # fmt: skip
+    assert round_to_tile(1100, 4096) == 1088
+    assert round_to_tile(1000, 700) == 700
+    ranks = [round_to_tile(r / 8, 10_000) for r in range(1, 20_000)]
+    assert ranks == sorted(ranks)

@@ -1,0 +1,170 @@
+"""Every spelling of a product with a matrix becomes F.linear; what is none is left alone, with a reason."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrcompile import Recipe
+from lrcompile.graph.capture import capture
+from lrcompile.graph.pipeline import compare, copy_graph
+from lrcompile.passes import PassContext, canonicalize, factorize, reassociate
+
+from .helpers import ALL, DECIDE, Spelled, check_clean, pair_values, run, targets
+
+# Toy models end in what looks like an output head: a name spelled out takes it.
+FULL = Recipe(rank_ratio=1, require_saving=False, include=("weight",))
+X = (2, 5, 8)  # the input of every spelling: batch, tokens, features
+
+SPELLINGS = {
+    "linear": (lambda x, w: F.linear(x, w), (6, 8), "linear"),
+    "linear with keywords": (lambda x, w: F.linear(input=x, weight=w, bias=None), (6, 8), "linear"),
+    "matmul": (lambda x, w: torch.matmul(x, w), (8, 6), "matmul"),
+    "matmul method": (lambda x, w: x.matmul(w), (8, 6), "matmul"),
+    "@": (lambda x, w: x @ w, (8, 6), "matmul"),
+    "@ transposed": (lambda x, w: x @ w.T, (6, 8), "matmul"),
+    "@ mT": (lambda x, w: x @ w.mT, (6, 8), "matmul"),
+    "@ transpose": (lambda x, w: x @ w.transpose(0, 1), (6, 8), "matmul"),
+    "@ permute": (lambda x, w: x @ torch.permute(w, (1, 0)), (6, 8), "matmul"),
+    "@ square transposed": (lambda x, w: x @ w.t(), (8, 8), "matmul"),
+    "left @": (lambda x, w: w @ x.mT, (6, 8), "matmul"),
+    "left @ transposed": (lambda x, w: w.t() @ x.transpose(1, 2), (8, 6), "matmul"),
+    "mm": (lambda x, w: torch.mm(x[0], w), (8, 6), "matmul"),
+    "mm method, left": (lambda x, w: w.mm(x[0].t()), (6, 8), "matmul"),
+    "addmm": (lambda x, w: torch.addmm(x.new_ones(6), x.view(-1, 8), w).view(2, 5, 6), (8, 6), "addmm"),
+    "addmm method": (lambda x, w: x.new_ones(6).addmm(x[1], w), (8, 6), "addmm"),
+    "einsum": (lambda x, w: torch.einsum("bti,io->bto", x, w), (8, 6), "einsum"),
+    "einsum, weight first": (lambda x, w: torch.einsum("oi,bti->bto", w, x), (6, 8), "einsum"),
+    "einsum, permuted out": (lambda x, w: torch.einsum("bti,oi->otb", x, w), (6, 8), "einsum"),
+    "einsum, middle axis": (lambda x, w: torch.einsum("bti, ts -> bis", x, w), (5, 4), "einsum"),
+    "einsum, first axis": (lambda x, w: torch.einsum("bti,bo->oti", x, w), (2, 6), "einsum"),
+    "einsum, ellipsis": (lambda x, w: torch.einsum("...i,oi->...o", x, w), (6, 8), "einsum"),
+    "einsum, ellipsis first": (lambda x, w: torch.einsum("io,...i->o...", w, x), (8, 6), "einsum"),
+    "cast": (lambda x, w: F.linear(x, w.to(torch.float32)), (6, 8), "linear"),
+    "cast twice, transposed": (lambda x, w: x @ w.double().float().t().contiguous(), (6, 8), "matmul"),
+    "type_as": (lambda x, w: F.linear(x, w.type_as(x)), (6, 8), "linear"),
+    "chunk": (lambda x, w: torch.cat([F.linear(x, p) for p in w.chunk(3)], -1), (6, 8), "linear"),
+    "split, one part": (lambda x, w: F.linear(x, w.split([2, 4])[1]), (6, 8), "linear"),
+    "rows": (lambda x, w: F.linear(x, w[1:4]) + F.linear(x, w[:3]), (6, 8), "linear"),
+    "twice": (lambda x, w: F.linear(F.linear(x, w), w), (8, 8), "linear"),
+    "both ways": (lambda x, w: torch.tanh(x @ w) @ w.t(), (8, 6), "matmul"),
+    "one dimension": (lambda x, w: F.linear(x[0, 0], w), (6, 8), "linear"),
+    "with a penalty": (lambda x, w: F.linear(x, w).sum() + w.square().sum(), (6, 8), "linear"),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_every_spelling_becomes_a_linear(name):
+    function, shape, kind = SPELLINGS[name]
+    model = Spelled(function, shape)
+    before = copy.deepcopy(model.state_dict())
+    captured, ctx, stages = run(model, (torch.randn(X),), [canonicalize])
+    gm = captured.graphs[0].gm
+    weight = ctx.weights["weight"]
+    assert weight.kinds and set(weight.kinds) == {kind} and not weight.reason
+    assert not {torch.matmul, torch.addmm, torch.einsum, torch.mm, "matmul", "mm", "addmm"} & set(targets(gm))
+    assert stages[-1].verified is not None and stages[-1].verified <= 1
+    assert {weight.in_features, weight.out_features} == set(shape)
+    check_clean(gm)
+    assert torch.equal(model.weight, before["weight"]) and model.weight.grad is None
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_every_spelling_becomes_two_thin_products(name):
+    """At full rank the whole way changes nothing but rounding, whatever the spelling."""
+    function, shape, _ = SPELLINGS[name]
+    model = Spelled(function, shape)
+    captured, ctx, _ = run(model, (torch.randn(X),), [*DECIDE, factorize], FULL)
+    graph, whole = captured.graphs[0], capture(model, (torch.randn(X),)).graphs[0].gm
+    values = pair_values(captured, ctx)(graph, graph.gm)
+    ctx_thin = PassContext(FULL)
+    product = copy_graph(graph.gm)
+    done = reassociate(graph.gm, ctx_thin)
+    assert compare(product, graph.gm, values) <= 1
+    expected, got = (gm(*v)[0] for gm, v in ((whole, graph.inputs), (graph.gm, values)))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert done.changed or done.notes
+    check_clean(graph.gm)
+
+
+def test_tokens_are_the_rows_of_all_uses():
+    model = Spelled(SPELLINGS["both ways"][0], (8, 6))
+    _, ctx, _ = run(model, (torch.randn(X),), [canonicalize])
+    assert ctx.weights["weight"].tokens == 20 and len(ctx.weights["weight"].kinds) == 2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_conv1d_of_transformers(bias):
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(Conv1D(6, 8), nn.GELU(), Conv1D(8, 6))
+    _, ctx, stages = run(model, (torch.randn(X),), ALL)
+    weight = ctx.weights["0.weight"]
+    assert weight.kinds == ["addmm"] and weight.stored_in_out and weight.rank == 2
+    assert (weight.in_features, weight.out_features) == (8, 6)
+    assert all(s.verified is None or s.verified <= 1 for s in stages)
+
+
+LEFT_ALONE = {
+    "three dimensions": (lambda x, w: torch.einsum("bti,hio->bhto", x, w), (3, 8, 6), "einsum"),
+    "batched": (lambda x, w: torch.bmm(x, w), (2, 8, 6), "bmm"),
+    "one expert": (lambda x, w: x @ w[0], (3, 8, 6), "getitem"),
+    "convolution": (lambda x, w: F.conv1d(x, w), (4, 5, 3), "conv1d"),
+    "two indices contracted": (lambda x, w: torch.einsum("bti,ti->b", x, w), (5, 8), "einsum"),
+    "diagonal": (lambda x, w: torch.einsum("bti,ii->bti", x, w), (8, 8), "einsum"),
+    "shared index kept": (lambda x, w: torch.einsum("bti,ti->bt", x, w), (5, 8), "einsum"),
+    "addmm with beta": (lambda x, w: torch.addmm(x.new_ones(6), x[0], w, beta=0.5), (8, 6), "addmm"),
+    "addmm of a matrix": (lambda x, w: torch.addmm(x.new_ones(5, 6), x[0], w), (8, 6), "addmm"),
+    "matrix by vector": (lambda x, w: w @ x[0, 0], (6, 8), "matmul"),
+    "computed": (lambda x, w: F.linear(x, w * 2), (6, 8), "mul"),
+    "columns": (lambda x, w: F.linear(x, w[:, :8]), (6, 9), "getitem"),
+    "written in place": (lambda x, w: F.linear(x, w.clone().mul_(2)), (6, 8), "clone"),
+    "masked in place": (None, (6, 8), "clone"),
+}
+
+
+def _masked(x: Tensor, w: Tensor) -> Tensor:
+    copied = w.clone()
+    copied[0] = 0
+    return F.linear(x, copied)
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_is_no_product_with_a_matrix_stays_with_a_reason(name):
+    function, shape, reader = LEFT_ALONE[name]
+    captured, ctx, stages = run(Spelled(function or _masked, shape), (torch.randn(X),), ALL)
+    weight = ctx.weights["weight"]
+    assert weight.rank is None and not weight.kinds
+    assert weight.reason.startswith("not read by a matrix product") and reader in weight.reason
+    assert any("not read by a matrix product" in note for note in stages[1].result.notes)
+    check_clean(captured.graphs[0].gm)
+
+
+class Effects(nn.Module):
+    """Writes to buffers and to what it computed; nothing reads what those calls return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("cache", torch.zeros(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        self.cache[1:3] = x[:2]
+        self.cache.copy_(self.cache + 1)
+        y = self.norm(self.fc(x)) @ self.weight
+        y.mul_(3)
+        return y
+
+
+def test_writing_in_place_is_not_dead():
+    captured, ctx, stages = run(Effects().train(), (torch.randn(5, 8),), ALL)
+    for stage in stages:
+        assert {"add_", "copy_", "mul_"} <= set(targets(stage.graphs[0])), stage.name
+    assert all(s.verified is None or s.verified <= 1 for s in stages)
