@@ -102,8 +102,8 @@ def lrcompile(
     graph = CapturedGraph(gm, list(example_inputs), last=not frame_goes_on())
     parameters = list(graph.parameters().values())
     roots = frame_modules()
-    fresh = [p for p in parameters if not settled(p)]
-    if settings.adopt and fresh and not any(isinstance(m, PairedModule) for r in roots.values() for m in r.modules()):
+    _settle_copies(roots.values())
+    if settings.adopt and any(not settled(p) for p in parameters):
         names = _names(parameters, roots, recipe)
         untouched = copy_graph(gm)
         ctx = PassContext(recipe, device=_device(example_inputs))
@@ -242,6 +242,15 @@ def _names(
         add(top, f"{type(top).__name__}." if len(tops) > 1 and not roots else "")
     check_globs([*roots.values(), *tops.values()], recipe)
     return names
+
+
+def _settle_copies(roots: Iterable[nn.Module]) -> None:
+    """A copied or unpickled model whose original was adopted: what is dense in it was left so on purpose."""
+    for root in roots:
+        pairs = [m for m in root.modules() if isinstance(m, PairedModule)]
+        leaves = [p for m in pairs for name, _ in m.lr_names for p in (getattr(m, f"{name}_a"),)]
+        if any(not settled(p) for p in leaves):
+            settle(list(root.parameters()))
 
 
 def _numbers(models: Iterable[nn.Module]) -> int:

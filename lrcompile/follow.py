@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lrcompile.errors import AdoptError
+from lrcompile.live import Live
 
 _pairs: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter, nn.Parameter]] = {}
 _steps = 0
@@ -148,11 +149,18 @@ class _Watch:
             self._end()
         elif _moved(self.others) or _steps - self.steps >= 3:
             self._end()
+            if self._held():  # its optimizer has just not had its turn: the other half of a GAN, say
+                return
             raise AdoptError(
                 "three optimizer steps have passed and none of the low-rank weights moved: the optimizer works on "
                 "the parameters that they replaced. Call lrcompile.adopt(model, recipe, example_inputs) before building the "
                 "optimizer, or model.requires_grad_(False) on what is not to be trained"
             )
+
+    def _held(self) -> bool:
+        leaves = {id(p) for ref, _ in self.leaves if (p := ref()) is not None}
+        groups = (g for optimizer in Live.sweep().optimizers for g in optimizer.param_groups)
+        return any(id(p) in leaves for g in groups for p in g["params"])
 
     def _end(self) -> None:
         for handle in self.handles:

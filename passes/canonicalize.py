@@ -54,6 +54,9 @@ def canonicalize(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             new, spelling = _to_linear(scope, node)
             if new is None:
                 continue
+            before, after = value(node), value(new)
+            if before.is_contiguous() and before.stride() != after.stride():
+                new = emit(scope, node, "contiguous", new)  # what follows was traced for this layout: a view, say
             node.replace_all_uses_with(new)
             scope.gm.graph.erase_node(node)
             result.changed.append(f"{module_name(new)}: {spelling} -> linear")

