@@ -118,6 +118,8 @@ def lrcompile(
         if any(e.rank is not None for e in entries.values()):
             return _AdoptAtRun(untouched, entries, recipe, settings, mode)
         settle(parameters)
+        if dense := [f"{e.key}: {e.reason}" for e in entries.values() if e.tokens]:
+            log.info(f"adopted 0 of {len(dense)} linear weights; {'; '.join(dense)}")
         return compile_program(CapturedGraph(untouched, graph.inputs), settings, recipe, mode)
     return compile_program(graph, settings, recipe, mode)
 
@@ -247,9 +249,8 @@ def _names(
 def _settle_copies(roots: Iterable[nn.Module]) -> None:
     """A copied or unpickled model whose original was adopted: what is dense in it was left so on purpose."""
     for root in roots:
-        pairs = [m for m in root.modules() if isinstance(m, PairedModule)]
-        leaves = [p for m in pairs for name, _ in m.lr_names for p in (getattr(m, f"{name}_a"),)]
-        if any(not settled(p) for p in leaves):
+        pairs = [(m, name) for m in root.modules() if isinstance(m, PairedModule) for name, _ in m.lr_names]
+        if any(not settled(getattr(m, f"{name}_a")) for m, name in pairs):
             settle(list(root.parameters()))
 
 

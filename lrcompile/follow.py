@@ -114,7 +114,17 @@ def _replace(optimizer: torch.optim.Optimizer) -> None:
         for p in parameters:
             pair = _pair(p)
             new += [p] if pair is None else [leaf for leaf in pair if id(leaf) not in held]
+        if "param_names" in group:  # built from named_parameters()
+            names = zip(parameters, group["param_names"], strict=True)
+            group["param_names"] = [
+                n for p, name in names for n in ([name] if _pair(p) is None else _pair_names(p, name, held))
+            ]
         parameters[:] = new
+
+
+def _pair_names(parameter: nn.Parameter, name: str, held: set[int]) -> list[str]:
+    sides = zip(_pair(parameter) or (), ("_a", "_b"), strict=True)
+    return [name + side for leaf, side in sides if id(leaf) not in held]
 
 
 def _pair(parameter: nn.Parameter) -> tuple[nn.Parameter, nn.Parameter] | None:

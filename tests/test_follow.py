@@ -121,3 +121,11 @@ def test_gradients_without_any_step_are_fine(set_to_none: bool) -> None:
     for _ in range(8):
         loss_of(run, batch()).backward()
         model.zero_grad(set_to_none=set_to_none)
+
+
+def test_names_in_the_optimizer_follow() -> None:
+    model = Model()
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-2)
+    torch.compile(model, backend="lrcompile", options=EAGER)(batch())
+    (group,) = optimizer.param_groups
+    assert group["param_names"] == [n for n, _ in model.named_parameters()]

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lrcompile.errors import PassError
+from lrcompile.errors import LrcompileError, PassError
 from lrcompile.graph.capture import Capture, CapturedGraph
 from lrcompile.passes import PassContext, PassFunction, PassResult, Weight
 from lrcompile.passes.graphs import fake_mode, value
@@ -112,8 +112,6 @@ def run_passes(
 
 
 def _run_one(function: PassFunction, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-    from lrcompile.errors import LrcompileError
-
     name = function.__name__
     try:
         done = function(gm, ctx)
