@@ -29,3 +29,7 @@ class AdoptError(LrcompileError, RuntimeError):
 
 class StateError(LrcompileError, RuntimeError):
     """A saved directory is truncated, altered, foreign, or of another model."""
+
+
+class KernelError(LrcompileError, RuntimeError):
+    """A kernel was given operands, or forced on operands, that it can't take."""
