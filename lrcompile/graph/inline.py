@@ -38,10 +38,10 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
                 name = f"{body_node.target}_{inner.target}"
                 setattr(gm, name, getattr(body, str(inner.target)))
                 copies[inner].target = name
-    outputs = fx.node.map_arg(body.graph.output_node().args[0], copies.__getitem__)
+    outputs: Any = fx.node.map_arg(body.graph.output_node().args[0], copies.__getitem__)
     for user in list(node.users):
         assert user.target is operator.getitem, "invoke_subgraph returns a tuple"
-        user.replace_all_uses_with(outputs[user.args[1]])
+        user.replace_all_uses_with(outputs[int(str(user.args[1]))])
         gm.graph.erase_node(user)
     gm.graph.erase_node(node)
     if not body_node.users:
