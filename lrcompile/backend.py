@@ -11,24 +11,44 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from lrcompile.errors import AdoptError, RecipeError
-from lrcompile.follow import follow, refuse_started
-from lrcompile.graph.capture import Capture, CapturedGraph, frame_goes_on, frame_modules
+from lrcompile.follow import pair_of_old, watch
+from lrcompile.graph.capture import (
+    Capture,
+    CapturedGraph,
+    frame_goes_on,
+    frame_modules,
+    in_recomputed_region,
+    tracing_lock,
+)
+from lrcompile.graph.inline import inline_regions
 from lrcompile.graph.names import plain_name
 from lrcompile.graph.pipeline import bind_weights, copy_graph, run_passes
 from lrcompile.live import Live
 from lrcompile.passes import PassContext, pass_list
 from lrcompile.recipe import Recipe
-from lrcompile.weights.adopt import adoption_line, factored, make_leaves, refuse_taken, settle, settled
-from lrcompile.weights.layers import PairedModule, install_pair
+from lrcompile.weights.layers import PairedModule
 from lrcompile.weights.plan import Entry
 from lrcompile.weights.planner import check_globs, entry_of
+from lrcompile.weights.replace import (
+    Change,
+    Pair,
+    carry_out,
+    factored,
+    left_dense,
+    refuse,
+    settle,
+    settled,
+    settled_by,
+    tell,
+    warn_of_lists,
+)
 
 log = logging.getLogger("lrcompile")
 INNER = ("inductor", "aot_eager", "eager")
@@ -105,6 +125,7 @@ def lrcompile(
     _settle_copies(roots.values())
     if settings.adopt and any(not settled(p) for p in parameters):
         names = _names(parameters, roots, recipe)
+        inline_regions(gm)
         untouched = copy_graph(gm)
         ctx = PassContext(recipe, device=_device(example_inputs))
         bind_weights([graph], names, ctx)
@@ -117,11 +138,25 @@ def lrcompile(
         }
         if any(e.rank is not None for e in entries.values()):
             return _AdoptAtRun(untouched, entries, recipe, settings, mode)
-        settle(parameters)
-        if dense := [f"{e.key}: {e.reason}" for e in entries.values() if e.tokens]:
-            log.info(f"adopted 0 of {len(dense)} linear weights; {'; '.join(dense)}")
+        settle(parameters, recipe.to_dict())
+        if dense := left_dense(entries.values()):
+            log.info(f"adopted no weight of this graph; left dense: {dense}")
         return compile_program(CapturedGraph(untouched, graph.inputs), settings, recipe, mode)
+    if set(options or {}) - {f.name for f in fields(Settings)}:
+        _warn_of_another_recipe(parameters, recipe)
     return compile_program(graph, settings, recipe, mode)
+
+
+def _warn_of_another_recipe(parameters: Sequence[nn.Parameter], recipe: Recipe) -> None:
+    asked = recipe.to_dict()
+    for was in (settled_by(p) for p in parameters):
+        changed = {k for k in {**asked, **(was or {})} if was and asked.get(k) != was.get(k)} - {"passes"}
+        if changed:
+            log.warning(
+                f"the model is adopted already: the options for what weights become ({', '.join(sorted(changed))}) "
+                "have no effect on it; lrcompile.merge(model) first to adopt it anew"
+            )
+            return
 
 
 def compile_program(graph: CapturedGraph, settings: Settings, recipe: Recipe, mode: str | None) -> Callable[..., Any]:
@@ -164,13 +199,13 @@ class _AdoptAtRun:
         self.dense: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        todo = {i: e for i, e in self.entries.items() if e.rank is not None and not settled(args[i])}
-        if not todo:  # decided elsewhere to stay dense: an ordinary compiled program
+        with tracing_lock():  # of several threads at the first call, one adopts
+            pairs = self._adopt(args)
+        if not pairs:  # decided elsewhere to stay dense: an ordinary compiled program
             if self.dense is None:
                 own = {"inner": self.settings.inner, "inductor": self.settings.inductor, "adopt": False}
                 self.dense = torch.compile(self.gm, backend=lambda g, x: lrcompile(g, x, options=own, mode=self.mode))
             return self.dense(*args)
-        pairs = _adopt_arguments(args, todo, self.entries, self.recipe)
         values = list(args)
         for i, (a, b) in pairs.items():
             with torch.autocast(a.device.type, enabled=False):  # the graph may leave autocast before it reads this
@@ -178,49 +213,40 @@ class _AdoptAtRun:
             values[i] = product.t() if self.entries[i].stored_in_out else product
         return self.gm.forward(*values)
 
+    def _adopt(self, args: Sequence[Any]) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:
+        """Adopt what is still to be; the place of every weight that is a pair by now -> that pair."""
+        planned = {i: e for i, e in self.entries.items() if e.rank is not None}
+        # Another thread, which was given the same parameters, may have been first.
+        pairs = {i: pair for i in planned if (pair := pair_of_old(args[i])) is not None}
+        todo = {i: e for i, e in planned.items() if i not in pairs and not settled(args[i])}
+        if todo:
+            others = [p for p in args if isinstance(p, nn.Parameter) and id(p) not in {id(args[i]) for i in todo}]
+            made = _adopt_arguments([Change(e, args[i]) for i, e in todo.items()], others, self.entries, self.recipe)
+            pairs |= {i: (pair.a, pair.b) for i, pair in zip(todo, made, strict=True)}
+        return pairs
+
 
 def _adopt_arguments(
-    args: Sequence[Any], todo: dict[int, Entry], seen: dict[int, Entry], recipe: Recipe
-) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:
-    """Adopt the owners of these parameters; everything is checked and computed before the first is touched."""
+    changes: Sequence[Change], others: Sequence[nn.Parameter], seen: dict[int, Entry], recipe: Recipe
+) -> list[Pair]:
+    """Adopt the weights that a graph was called with; everything is checked before the first is touched."""
     start = time.perf_counter()
+    if in_recomputed_region():
+        raise AdoptError(
+            "the first call of a compiled function adopts its weights, and can't do so inside torch.utils.checkpoint, "
+            "which will run it again: call lrcompile.adopt(model, recipe, example_inputs) before training, or compile "
+            "the function that calls checkpoint"
+        )
     live = Live.sweep()
-    owners = {i: _owners(args[i], e, live) for i, e in todo.items()}
-    refuse_started(live.optimizers, [args[i] for i in todo], [e.key for e in todo.values()])
-    for i, entry in todo.items():
-        refuse_taken(owners[i], entry.key)
-    made: dict[int, tuple[nn.Parameter, nn.Parameter, Entry]] = {}
-    for i, entry in todo.items():
-        a, b, error = make_leaves(args[i], entry, lambda w, e: factored(w, e, recipe.svd))
-        made[i] = (a, b, replace(entry, error=error))
-    tops = {id(top): top for places in owners.values() for top in (live.top(m) for m, _ in places)}
+    refuse(changes, live)
+    tops = {id(top): top for c in changes for top in (live.top(m) for m, _ in live.owners[id(c.weight)])}
     before = _numbers(tops.values())
-    for i, (a, b, entry) in made.items():
-        for module, name in owners[i]:
-            install_pair(module, name, a, b, entry.stored_in_out, asdict(entry))
-    others = [p for p in args if isinstance(p, nn.Parameter) and id(p) not in {id(args[i]) for i in todo}]
-    settle([*others, *(leaf for a, b, _ in made.values() for leaf in (a, b))])
-    follow(live.optimizers, [(args[i], a, b) for i, (a, b, _) in made.items()], others)
-    after = _numbers(tops.values())
-    done = [entry for _, _, entry in made.values()]
-    log.info(adoption_line(list(seen.values()), done, (before, after), time.perf_counter() - start))
-    return {i: (a, b) for i, (a, b, _) in made.items()}
-
-
-def _owners(parameter: nn.Parameter, entry: Entry, live: Live) -> list[tuple[nn.Module, str]]:
-    from torch.distributed.tensor import DTensor
-
-    fix = "call lrcompile.adopt(model, recipe, example_inputs) before"
-    if isinstance(parameter, DTensor):
-        raise AdoptError(f"{entry.key} is a DTensor (sharded): {fix} fully_shard")
-    owners = live.owners.get(id(parameter), [])
-    for module, _ in owners:
-        wrapper = live.wrapper_of(module)
-        if wrapper is not None:
-            raise AdoptError(f"{entry.key} is in the hands of {wrapper} already: {fix} wrapping the model")
-    if not owners:
-        raise AdoptError(f"no live module owns {entry.key}: {fix} torch.compile")
-    return owners
+    pairs = carry_out(changes, live, factored(recipe.svd), recipe.to_dict())
+    settle(others, recipe.to_dict())
+    watch([(pair.old, pair.a, pair.b) for pair in pairs], others)
+    tell(list(seen.values()), [p.entry for p in pairs], (before, _numbers(tops.values())), time.perf_counter() - start)
+    warn_of_lists(pairs, live)
+    return pairs
 
 
 def _names(
@@ -251,7 +277,7 @@ def _settle_copies(roots: Iterable[nn.Module]) -> None:
     for root in roots:
         pairs = [(m, name) for m in root.modules() if isinstance(m, PairedModule) for name, _ in m.lr_names]
         if any(not settled(getattr(m, f"{name}_a")) for m, name in pairs):
-            settle(list(root.parameters()))
+            settle(root.parameters(), {})
 
 
 def _numbers(models: Iterable[nn.Module]) -> int:

@@ -1,4 +1,4 @@
-"""Making an optimizer that was built earlier follow the adoption.
+"""Making an optimizer that was built earlier follow an adoption, or a merge.
 
 Old parameters in `param_groups` are replaced, in place, by their pairs, so that hyper-parameters and schedulers go on
 working: at once in every live optimizer, and before each step in one built later from an older list of parameters.
@@ -9,8 +9,10 @@ the new leaves: that is noticed when they have had gradients for three steps and
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +22,27 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from lrcompile.errors import AdoptError
 from lrcompile.live import Live
 
-_pairs: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter, nn.Parameter]] = {}
+log = logging.getLogger("lrcompile")
+
+
+@dataclass
+class _Heirs:
+    """What stands in a parameter's place: its pair, or the dense weight that a pair was merged into.
+
+    Attributes:
+        old: the parameter that went.
+        leaves: in the order that they take its place.
+        rename: its name -> theirs.
+        merged: the state that an optimizer had for it goes with it, instead of being a reason to refuse.
+    """
+
+    old: weakref.ref[nn.Parameter]
+    leaves: tuple[nn.Parameter, ...]
+    rename: Callable[[str], list[str]]
+    merged: bool
+
+
+_heirs: dict[int, _Heirs] = {}
 _steps = 0
 _hooked = False
 
@@ -53,6 +75,10 @@ def _start(optimizer: torch.optim.Optimizer, old: nn.Parameter, leaves: Sequence
     """Give the leaves the initial state that the old parameter had, in their shapes."""
     old_state = optimizer.state.pop(old, None)
     values = _initial(old_state) if old_state else None
+    if old_state and values is None:
+        log.warning(
+            f"{type(optimizer).__name__} starts anew for a merged weight: its pair's state has no meaning for it"
+        )
     for leaf in leaves if values and old_state else ():
         assert values is not None and old_state is not None
         optimizer.state[leaf] = {
@@ -63,36 +89,63 @@ def _start(optimizer: torch.optim.Optimizer, old: nn.Parameter, leaves: Sequence
         }
 
 
-def follow(
-    optimizers: Sequence[torch.optim.Optimizer],
-    replaced: Sequence[tuple[nn.Parameter, nn.Parameter, nn.Parameter]],
-    others: Sequence[nn.Parameter],
+def follow_pair(
+    optimizers: Sequence[torch.optim.Optimizer], old: nn.Parameter, pair: tuple[nn.Parameter, nn.Parameter]
 ) -> None:
-    """Hand the new leaves to the optimizers that held the old parameters, now and before later steps.
-
-    Args:
-        optimizers: those alive.
-        replaced: (old, weight_a, weight_b) each.
-        others: parameters of the same graph that stay, to tell an optimizer at work from none.
-    """
-    global _hooked
-    for old, a, b in replaced:
-        _pairs[id(old)] = (weakref.ref(old, functools.partial(_forget, id(old))), a, b)
+    """Hand a pair to the optimizers that held the weight it replaces, now and before later steps."""
+    _inherit(old, pair, lambda name: [f"{name}_a", f"{name}_b"], merged=False)
     for optimizer in optimizers:
         _replace(optimizer)
+
+
+def follow_merged(
+    optimizers: Sequence[torch.optim.Optimizer], pair: tuple[nn.Parameter, nn.Parameter], dense: nn.Parameter
+) -> None:
+    """Hand a merged weight to the optimizers that held its pair; what state they had for that is dropped."""
+    _inherit(pair[0], (dense,), lambda name: [name.removesuffix("_a")], merged=True)
+    _inherit(pair[1], (), lambda name: [], merged=True)
+    for optimizer in optimizers:
+        _replace(optimizer)
+
+
+def _inherit(
+    old: nn.Parameter, leaves: tuple[nn.Parameter, ...], rename: Callable[[str], list[str]], merged: bool
+) -> None:
+    global _hooked
+    _heirs[id(old)] = _Heirs(weakref.ref(old, functools.partial(_forget, id(old))), leaves, rename, merged)
     if not _hooked:
         register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: _replace(optimizer))
         register_optimizer_step_post_hook(_count)
         _hooked = True
+
+
+def watch(replaced: Sequence[tuple[nn.Parameter, nn.Parameter, nn.Parameter]], others: Sequence[nn.Parameter]) -> None:
+    """Raise AdoptError, from a backward, where three optimizer steps have passed and no new leaf moved.
+
+    Args:
+        replaced: (old, weight_a, weight_b) each.
+        others: parameters of the same graph that stay, to tell an optimizer at work from none.
+    """
     trained = [(old, leaf) for old, *leaves in replaced for leaf in leaves if leaf.requires_grad]
     if trained:
         _Watch([leaf for _, leaf in trained], [*others, *{id(old): old for old, _ in trained}.values()])
 
 
+def is_watch(hook: object) -> bool:
+    """Whether a gradient hook is this module's own."""
+    return isinstance(hook, _Watch)
+
+
+def pair_of_old(parameter: nn.Parameter) -> tuple[nn.Parameter, nn.Parameter] | None:
+    """The pair that stands in a replaced parameter's place; None where it wasn't replaced."""
+    heirs = _heirs_of(parameter)
+    return (heirs.leaves[0], heirs.leaves[1]) if heirs is not None and len(heirs.leaves) == 2 else None
+
+
 def _forget(key: int, _: Any) -> None:
-    entry = _pairs.get(key)
-    if entry is not None and entry[0]() is None:  # the id may belong to a newer parameter by now
-        del _pairs[key]
+    entry = _heirs.get(key)
+    if entry is not None and entry.old() is None:  # the id may belong to a newer parameter by now
+        del _heirs[key]
 
 
 def _count(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -100,36 +153,38 @@ def _count(optimizer: Any, args: Any, kwargs: Any) -> None:
     _steps += 1
 
 
+def _heirs_of(parameter: nn.Parameter) -> _Heirs | None:
+    entry = _heirs.get(id(parameter))
+    return entry if entry is not None and entry.old() is parameter else None
+
+
 def _replace(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
-        parameters = group["params"]
-        hits = [p for p in parameters if _pair(p) is not None]
-        if not hits:
-            continue
-        refuse_started([optimizer], hits, [f"a replaced weight of shape {tuple(p.shape)}" for p in hits])
-        for p in hits:
-            _start(optimizer, p, _pair(p) or ())
-        held = {id(p) for p in parameters}
-        new: list[nn.Parameter] = []
-        for p in parameters:
-            pair = _pair(p)
-            new += [p] if pair is None else [leaf for leaf in pair if id(leaf) not in held]
-        if "param_names" in group:  # built from named_parameters()
-            names = zip(parameters, group["param_names"], strict=True)
-            group["param_names"] = [
-                n for p, name in names for n in ([name] if _pair(p) is None else _pair_names(p, name, held))
-            ]
-        parameters[:] = new
+        while any(_heirs_of(p) is not None for p in group["params"]):  # again: what was merged may be adopted anew
+            _replace_in(group, optimizer)
 
 
-def _pair_names(parameter: nn.Parameter, name: str, held: set[int]) -> list[str]:
-    sides = zip(_pair(parameter) or (), ("_a", "_b"), strict=True)
-    return [name + side for leaf, side in sides if id(leaf) not in held]
-
-
-def _pair(parameter: nn.Parameter) -> tuple[nn.Parameter, nn.Parameter] | None:
-    entry = _pairs.get(id(parameter))
-    return entry[1:] if entry is not None and entry[0]() is parameter else None
+def _replace_in(group: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    parameters: list[nn.Parameter] = group["params"]
+    hits = [(p, heirs) for p in parameters if (heirs := _heirs_of(p)) is not None]
+    kept = [p for p, heirs in hits if not heirs.merged]
+    refuse_started([optimizer], kept, [f"a replaced weight of shape {tuple(p.shape)}" for p in kept])
+    for p, heirs in hits:
+        _start(optimizer, p, heirs.leaves)
+    held = {id(p) for p in parameters}
+    names = group.get("param_names") or [""] * len(parameters)  # there where it was built from named_parameters()
+    new: list[nn.Parameter] = []
+    new_names: list[str] = []
+    for p, name in zip(parameters, names, strict=True):
+        replaced = _heirs_of(p)
+        pairs = [(p, name)] if replaced is None else zip(replaced.leaves, replaced.rename(name), strict=True)
+        for leaf, leaf_name in pairs:
+            if leaf is p or id(leaf) not in held:
+                new.append(leaf)
+                new_names.append(leaf_name)
+    if "param_names" in group:
+        group["param_names"] = new_names
+    parameters[:] = new
 
 
 class _Watch:

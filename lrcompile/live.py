@@ -8,6 +8,7 @@ the one it was compiled for. So the owners are looked for, by identity, among al
 from __future__ import annotations
 
 import gc
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -75,6 +76,22 @@ class Live:
                     seen[id(above)] = above
                     queue.append(above)
         return list(seen.values())
+
+    def collections_of(self, parameters: Sequence[nn.Parameter]) -> list[Collection[nn.Parameter]]:
+        """Lists, sets and dicts of parameters alone, held by neither module nor optimizer, with one of these in them.
+
+        Found by the garbage collector: what only C code or a generator holds is not.
+        """
+        known = {id(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups}
+        known |= {id(held) for owners in self.owners.values() for m, _ in owners for held in (m._parameters,)}
+        found: list[Collection[nn.Parameter]] = []
+        for held in gc.get_referrers(*parameters) if parameters else ():
+            if held is parameters or id(held) in known or not isinstance(held, (list, set, dict)):
+                continue
+            items = list(held.values() if isinstance(held, dict) else held)
+            if len(items) > 1 and all(isinstance(p, nn.Parameter) for p in items):
+                found.append(items)
+        return found
 
     def top(self, module: nn.Module) -> nn.Module:
         """The outermost model that a module is part of."""

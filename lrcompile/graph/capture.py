@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,6 +168,19 @@ def frame_goes_on() -> bool:
 
     reason = InstructionTranslator.current_tx().output.compile_subgraph_reason
     return bool(reason is not None and reason.graph_break)
+
+
+def tracing_lock() -> AbstractContextManager[Any]:
+    """Held, no other thread traces: changing a model under a trace would make it fail."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    return compile_lock
+
+
+def in_recomputed_region() -> bool:
+    """Whether torch.utils.checkpoint, without reentry, is running the caller and will compare a second run with it."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
 def _first_line(error: object) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,35 +13,26 @@ from torch import nn
 from lrcompile.errors import AdoptError, PlanError
 from lrcompile.graph.capture import Inputs
 from lrcompile.graph.names import plain_name
+from lrcompile.live import Live
 from lrcompile.recipe import Recipe
-from lrcompile.weights.factor import check_finite, svd_pair
-from lrcompile.weights.layers import (
-    PairedModule,
-    dense_weight,
-    install_pair,
-    plainly,
-    read_extra_state,
-    remove_pairs,
-)
+from lrcompile.weights.layers import PairedModule, read_extra_state
 from lrcompile.weights.plan import Entry, Plan
 from lrcompile.weights.planner import plan, refuse_adopted
+from lrcompile.weights.replace import (
+    Change,
+    Factor,
+    Pair,
+    carry_out,
+    dissolve,
+    empty_pair,
+    factored,
+    refuse,
+    settle,
+    tell,
+    warn_of_lists,
+)
 
-log = logging.getLogger("lrcompile")
 M = TypeVar("M", bound=nn.Module)
-
-# Parameters that a Plan was written over, left dense on purpose: the backend must not plan them again.
-_settled: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
-
-
-def settled(parameter: nn.Parameter) -> bool:
-    """Whether a Plan has already decided about this very parameter."""
-    return _settled.get(id(parameter)) is parameter
-
-
-def settle(parameters: Sequence[nn.Parameter]) -> None:
-    """Remember that a Plan has decided about these."""
-    for p in parameters:
-        _settled[id(p)] = p
 
 
 def adopt(model: M, plan_or_recipe: Plan | Recipe, example_inputs: Inputs | None = None) -> M:
@@ -52,7 +41,8 @@ def adopt(model: M, plan_or_recipe: Plan | Recipe, example_inputs: Inputs | None
     The model stays ordinary PyTorch: the same module objects with leaves `weight_a` (rank, in_features) and
     `weight_b` (out_features, rank), of the dtype, device and requires_grad of the weight they replace. The
     factors are a truncated SVD of the present weights, computed one weight at a time: peak memory is the model plus one
-    weight. On the `meta` device the shapes are made and nothing is computed.
+    weight. On the `meta` device the shapes are made and nothing is computed. An optimizer built earlier follows, if it
+    has not stepped.
 
     Args:
         model: not adopted, not wrapped.
@@ -64,7 +54,8 @@ def adopt(model: M, plan_or_recipe: Plan | Recipe, example_inputs: Inputs | None
 
     Raises:
         PlanError: the Plan belongs to another model (the first difference is named).
-        AdoptError: adopted already, sharded or wrapped already, NaN or Inf in a weight (named).
+        AdoptError: adopted already, sharded or wrapped already, NaN or Inf in a weight, a gradient hook on it, an
+            optimizer that has stepped with it (each named).
     """
     start = time.perf_counter()
     if isinstance(plan_or_recipe, Recipe):
@@ -83,93 +74,33 @@ def adopt(model: M, plan_or_recipe: Plan | Recipe, example_inputs: Inputs | None
     refuse_adopted(model)
     refuse_wrapped(model)
     the_plan.check(model)
-    method = str(the_plan.recipe.get("svd", "auto"))
-    write_plan(model, the_plan, lambda w, e: factored(w, e, method))
-    log.info(adoption_line(the_plan.entries, plan_of(model).pairs, the_plan.parameters, time.perf_counter() - start))
+    pairs = write_plan(model, the_plan, factored(str(the_plan.recipe.get("svd", "auto"))))
+    tell(the_plan.entries, [pair.entry for pair in pairs], the_plan.parameters, time.perf_counter() - start)
     return model
 
 
-def adoption_line(seen: Sequence[Entry], pairs: Sequence[Entry], parameters: tuple[int, int], seconds: float) -> str:
-    """The one line that is logged: sites, parameters, compression, mean relative weight error, seconds."""
-    linears = [e for e in seen if e.tokens]
-    before, after = sum(e.dense_numel for e in pairs), sum(e.numel for e in pairs)
-    errors = [e.error for e in pairs if e.error is not None]
-    mean = f"{sum(errors) / len(errors):.3f}" if errors else "not computed"
-    return (
-        f"adopted {len(pairs)} of {len(linears)} linear weights: {before:,} -> {after:,} numbers "
-        f"({before / after if after else 1:.2f}x), all parameters {parameters[0]:,} -> {parameters[1]:,}, "
-        f"mean relative weight error {mean}, {seconds:.1f} s"
-    )
-
-
-Factor = Callable[[nn.Parameter, Entry], tuple[torch.Tensor, torch.Tensor, float | None]]
-
-
-def write_plan(model: nn.Module, the_plan: Plan, factor: Factor) -> None:
+def write_plan(model: nn.Module, the_plan: Plan, factor: Factor, *, computes: bool = True) -> list[Pair]:
     """Install every pair of a Plan, each in all the modules that share its weight.
 
-    Everything that can be wrong with a model is found before the first weight is touched; then one weight at a time is
-    factored, installed and let go.
+    Everything that can be wrong with a model is found before the first weight is touched.
     """
-    owners: dict[str, list[tuple[nn.Module, str]]] = {}
-    for module_name, module in model.named_modules(remove_duplicate=True):
-        for name in module._parameters:
-            owners.setdefault(plain_name(f"{module_name}.{name}" if module_name else name), []).append((module, name))
-    todo: list[tuple[Entry, list[tuple[nn.Module, str]]]] = []
-    for entry in the_plan.pairs:
-        held = [place for name in entry.names for place in owners.get(name, [])]
-        if not held:
-            raise AdoptError(f"{entry.key} is no parameter of its own module; exclude it")
-        refuse_taken(held, entry.key)
-        check_finite(_weight(held), entry.key)
-        todo.append((entry, held))
-    for entry, held in todo:
-        a, b, error = make_leaves(_weight(held), entry, factor)
-        for module, name in held:
-            install_pair(module, name, a, b, entry.stored_in_out, asdict(replace(entry, error=error)))
-    settle(list(model.parameters()))
+    return _install(model, _changes(model, the_plan), factor, computes, the_plan.recipe)
 
 
-def _weight(held: Sequence[tuple[nn.Module, str]]) -> nn.Parameter:
-    module, name = held[0]
-    weight = module._parameters[name]
-    assert weight is not None
-    return weight
+def _changes(model: nn.Module, the_plan: Plan) -> list[Change]:
+    parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    return [Change(entry, parameters[entry.key]) for entry in the_plan.pairs]
 
 
-def make_leaves(weight: nn.Parameter, entry: Entry, factor: Factor) -> tuple[nn.Parameter, nn.Parameter, float | None]:
-    """The two leaves that replace a weight: ordinary tensors, whatever modes the caller is in."""
-    with plainly(weight):
-        a, b, error = factor(weight, entry)
-        leaves = [nn.Parameter(t, requires_grad=weight.requires_grad) for t in (a, b)]
-    return leaves[0], leaves[1], error
-
-
-def factored(weight: nn.Parameter, entry: Entry, method: str) -> tuple[torch.Tensor, torch.Tensor, float | None]:
-    """weight_a, weight_b and the relative error of a weight's pair; shapes only on the `meta` device."""
-    if weight.is_meta:
-        return empty_pair(weight, entry)
-    assert entry.rank is not None
-    matrix = weight.detach().T if entry.stored_in_out else weight.detach()
-    pair = svd_pair(matrix, entry.rank, method, entry.key)
-    return pair.weight_a, pair.weight_b, pair.error
-
-
-def empty_pair(weight: torch.Tensor, entry: Entry) -> tuple[torch.Tensor, torch.Tensor, float | None]:
-    """Leaves of the right shape, to be filled by load_state_dict."""
-    assert entry.rank is not None
-    a = torch.zeros(entry.rank, entry.in_features, dtype=weight.dtype, device=weight.device)
-    b = torch.zeros(entry.out_features, entry.rank, dtype=weight.dtype, device=weight.device)
-    return a, b, entry.error
-
-
-def refuse_taken(held: Sequence[tuple[nn.Module, str]], key: str) -> None:
-    """Raise AdoptError where a module has attributes of its own under the names that its leaves would get."""
-    for module, name in held:
-        for leaf in (f"{name}_a", f"{name}_b"):
-            if hasattr(module, leaf):
-                kind = type(module).__name__
-                raise AdoptError(f"{key}: its {kind} has a {leaf} of its own; leave it out with exclude=[{key!r}]")
+def _install(
+    model: nn.Module, changes: Sequence[Change], factor: Factor, computes: bool, recipe: dict[str, Any]
+) -> list[Pair]:
+    live = Live.sweep()
+    refuse(changes, live, computes=computes)
+    pairs = carry_out(changes, live, factor, recipe)
+    settle(model.parameters(), recipe)
+    warn_of_lists(pairs, live)
+    return pairs
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -240,12 +171,10 @@ def adopt_like(model: M, state_dict: dict[str, Any]) -> M:
     if not pairs:
         raise AdoptError("the state holds no lrcompile Plan: it was not saved from an adopted model, load it as it is")
     places: dict[str, tuple[nn.Module, str]] = {}
-    groups: dict[int, list[tuple[nn.Module, str]]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
-        for name, p in module._parameters.items():
+        for name in module._parameters:
             places[plain_name(f"{module_name}.{name}" if module_name else name)] = (module, name)
-            groups.setdefault(id(p), []).append((module, name))
-    todo: dict[int, tuple[Entry, list[tuple[nn.Module, str]], nn.Parameter]] = {}
+    todo: dict[int, Change] = {}
     for full, told in pairs.items():
         # As the state calls it, or without DDP's prefix.
         place = places.get(full) or places.get(full.removeprefix("module."))
@@ -258,20 +187,16 @@ def adopt_like(model: M, state_dict: dict[str, Any]) -> M:
         if weight is None or tuple(weight.shape) != entry.shape:
             here = None if weight is None else tuple(weight.shape)
             raise PlanError(f"the state's Plan belongs to another model: {full!r} is {entry.shape} there, {here} here")
-        if id(weight) not in todo:
-            held = list(dict.fromkeys(groups[id(weight)]))
-            refuse_taken(held, full)
-            todo[id(weight)] = (entry, held, weight)
-    for entry, held, weight in todo.values():
-        a, b, error = make_leaves(weight, entry, empty_pair)
-        for module, name in held:
-            install_pair(module, name, a, b, entry.stored_in_out, asdict(replace(entry, error=error)))
-    settle(list(model.parameters()))
+        todo.setdefault(id(weight), Change(entry, weight))
+    _install(model, list(todo.values()), empty_pair, computes=False, recipe={})
     return model
 
 
 def merge(model: M) -> M:
     """Back to dense modules, in place: every weight becomes the product that it read, its class the one it had.
+
+    An optimizer that held a pair holds the merged weight afterwards; state that it had for the pair is dropped, with a
+    warning, and so are gradients of the pair.
 
     Raises:
         AdoptError: nothing of the model is adopted, or its leaves are sharded.
@@ -282,14 +207,5 @@ def merge(model: M) -> M:
     for full, p in model.named_parameters():
         if _is_sharded(p):
             raise AdoptError(f"{full} is a DTensor (sharded); load its full state into an unsharded model, merge that")
-    made: dict[int, nn.Parameter] = {}
-    for module in adopted:
-        dense = {}
-        for name, _ in module.lr_names:
-            leaf = module._parameters[f"{name}_a"]
-            if id(leaf) not in made:
-                product = dense_weight(module, name)
-                made[id(leaf)] = nn.Parameter(product, requires_grad=leaf.requires_grad)
-            dense[name] = made[id(leaf)]
-        remove_pairs(module, dense)
+    dissolve(adopted, Live.sweep())
     return model

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -61,6 +63,14 @@ class PairedModule:
         if isinstance(state, dict):
             self.lr_base.set_extra_state(self, state["base"])  # type: ignore[arg-type]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in dict(self.lr_names):
+            raise AdoptError(
+                f"{name} of {type(self).__name__} is computed from {name}_a and {name}_b: assign those, or "
+                "lrcompile.merge(model) first"
+            )
+        super().__setattr__(name, value)
+
     def reset_parameters(self) -> None:
         raise AdoptError(
             f"{type(self).__name__} holds a pair: there is no dense weight to draw anew; initialise before adopting, or "
@@ -110,9 +120,26 @@ def _product(name: str, stored_in_out: bool) -> property:
         product = torch.matmul(left, right)
         if product.dtype != left.dtype:  # under autocast: model code asks for the dtype that is stored
             product = product.to(left.dtype)
+        if not torch.compiler.is_compiling() and not product.is_inference():
+            _warn_if_written(product, f"{type(self).__name__}.{name}")
         return product.t() if stored_in_out else product
 
     return property(read)
+
+
+def _warn_if_written(product: torch.Tensor, name: str) -> None:
+    """Warn once the product is let go if somebody wrote to it (nn.init, clamp_): nobody reads it any more."""
+    alias = product.detach()  # shares the count of writes; `.data` does not
+    weakref.finalize(product, _tell_if_written, alias, alias._version, name).atexit = False
+
+
+def _tell_if_written(alias: torch.Tensor, version: int, name: str) -> None:
+    if alias._version != version:
+        warnings.warn(
+            f"a write to {name} is lost: it is computed from {name.rpartition('.')[2]}_a and _b at each read. Write to "
+            "those, or initialise before adopting",
+            stacklevel=2,
+        )
 
 
 def _linear_forward(self: Any, input: torch.Tensor) -> torch.Tensor:
@@ -146,6 +173,8 @@ def install_pair(
     module: nn.Module, name: str, a: nn.Parameter, b: nn.Parameter, stored_in_out: bool, told: dict[str, Any]
 ) -> None:
     """Turn one parameter of a module into a pair, keeping its place in the order of parameters."""
+    if name not in module._parameters:
+        raise AdoptError(f"{type(module).__name__} has no parameter {name!r} (any more)")
     if isinstance(module, PairedModule):
         base, names, pairs = module.lr_base, module.lr_names, dict(module.lr_pairs)
     else:

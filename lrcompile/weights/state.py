@@ -22,10 +22,11 @@ from torch import nn
 
 from lrcompile.errors import PlanError, StateError
 from lrcompile.graph.names import plain_name
-from lrcompile.weights.adopt import empty_pair, plan_of, refuse_wrapped, write_plan
+from lrcompile.weights.adopt import plan_of, refuse_wrapped, write_plan
 from lrcompile.weights.layers import PairedModule, dense_weight
 from lrcompile.weights.plan import Plan
 from lrcompile.weights.planner import refuse_adopted
+from lrcompile.weights.replace import empty_pair
 
 M = TypeVar("M", bound=nn.Module)
 FORMAT = "lrcompile-model/1"
@@ -148,7 +149,7 @@ def load(dir: str | os.PathLike[str], model: M) -> M:
         raise StateError(f"{folder} is of another model: {str(error).split(': ', 1)[-1]}") from error
     _check_fit(folder, inner, the_plan, tensors)
     meta = any(p.is_meta for p in inner.parameters())
-    write_plan(inner, the_plan, empty_pair)
+    write_plan(inner, the_plan, empty_pair, computes=False)
     state = {key: tensors[plain_name(key)] for key in inner.state_dict()}
     inner.load_state_dict(state, strict=True, assign=meta)
     if meta:
