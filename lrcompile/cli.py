@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--verify", action="store_true", help="run the graph before and after each exact pass and compare"
     )
+    inspect.add_argument(
+        "--target", metavar="GPU", help='show what computes each pair on this GPU of the cost table ("H100"), predicted'
+    )
+    inspect.add_argument("--kernels", choices=("auto", "triton", "inductor"), default="auto", help="force either")
     inspect.set_defaults(run=_inspect)
 
     about = "which weights become pairs, of what rank, and what is saved"
@@ -122,7 +126,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from lrcompile.show import show
 
     model, inputs, recipe = _load(args)
-    report = inspect(model, inputs, recipe, verify=args.verify)
+    report = inspect(model, inputs, recipe, verify=args.verify, target=args.target, kernels=args.kernels)
     known = [stage.name for stage in report.stages]
     for name in args.show or []:
         if name not in known:

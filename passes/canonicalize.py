@@ -24,6 +24,7 @@ from lrcompile.passes.graphs import (
     linear_fn,
     module_name,
     pair_product,
+    rows_of,
     scopes,
     sites,
     trace_matrix,
@@ -183,7 +184,7 @@ def _list_weights(gm: fx.GraphModule, ctx: PassContext, result: PassResult) -> N
         products = [site for site in uses if site.kind != "embedding"]
         if products:
             weight.stored_in_out = products[0].chain.transposed
-            weight.tokens += sum(_rows(site.x) for site in products)
+            weight.tokens += sum(rows_of(site.x) for site in products)
         if downstream is not None and any(_looks_like_head(site, downstream) for site in products):
             weight.head = True
     for node in gm.graph.find_nodes(op="placeholder"):
@@ -192,13 +193,6 @@ def _list_weights(gm: fx.GraphModule, ctx: PassContext, result: PassResult) -> N
             targets = sorted({str(getattr(u.target, "__name__", u.target)) for u in node.users})
             ctx.weights[key].reason = f"not read by a matrix product (by {', '.join(targets)})"
             result.notes.append(f"{key}: {ctx.weights[key].reason}")
-
-
-def _rows(x: fx.Node) -> int:
-    rows = 1
-    for size in value(x).shape[:-1]:
-        rows *= size if isinstance(size, int) else size.node.hint
-    return rows
 
 
 def _reaches_a_site(gm: fx.GraphModule, used: dict[fx.Node, list[Site]]) -> set[fx.Node]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from lrcompile.cost import Device
 from lrcompile.recipe import Recipe
 
 
@@ -68,6 +69,9 @@ class Weight:
         return any(fnmatch.fnmatchcase(n, glob) for n in (*self.names, *owners))
 
 
+KERNELS = ("auto", "triton", "inductor")
+
+
 @dataclass
 class PassContext:
     """What passes know and decide together.
@@ -78,6 +82,8 @@ class PassContext:
         other_bytes: bytes of all parameters of the model that are no Weight here; None where unknown.
         device: where the lowered graph will run ("cpu", "cuda", "meta").
         last: whether the graph at hand is the last of the model's call.
+        target: the device of the cost table that the graph will run on; None: the CPU, or unknown.
+        kernels: "auto" (the cost model decides), "triton" (our operators wherever they fit), "inductor" (never).
     """
 
     recipe: Recipe
@@ -85,6 +91,8 @@ class PassContext:
     other_bytes: int | None = None
     device: str = "cpu"
     last: bool = True
+    target: Device | None = None
+    kernels: str = "auto"
 
 
 @dataclass

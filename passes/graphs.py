@@ -184,6 +184,14 @@ class Site:
         return self.scope.root(self.chain.source)
 
 
+def rows_of(x: fx.Node) -> int:
+    """Rows of an operand (..., features), all leading dimensions together; a dynamic size counts as in this call."""
+    rows = 1
+    for size in value(x).shape[:-1]:
+        rows *= size if isinstance(size, int) else int(size.node.hint)
+    return rows
+
+
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
