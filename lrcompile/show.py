@@ -199,7 +199,7 @@ def report_table(report: Report) -> RenderableType:
         before = stage
     ends = [(getattr(report.stages[0], name), getattr(report.stages[-1], name)) for name, _ in _FIGURES]
     parts += [rule, _line("before / after", *(f"{was / now:.2f}x" if now else "" for was, now in ends), style="bold")]
-    parts.append(_legend(report))
+    parts += [Text(""), _legend(report)]
     if report.breaks:
         parts.append(breaks_note(report.breaks))
     if report.errors:

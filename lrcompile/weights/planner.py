@@ -94,7 +94,7 @@ def check_globs(model: nn.Module | list[nn.Module], recipe: Recipe) -> None:
             if names and not probe.matches(glob):
                 deeper = f"; write {'*.' + glob!r} to match it at any depth" if probe.matches(f"*.{glob}") else ""
                 raise PlanError(
-                    f"{option}={glob!r} matches no parameter and no module that holds one{deeper}; "
+                    f"{option}={glob!r} matches no module that holds a parameter, and no parameter{deeper}; "
                     f"the model has {_owners(names)}"
                 )
 

@@ -5,7 +5,6 @@ A directory appears under its name whole or not at all: everything is written be
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import json
@@ -310,6 +309,8 @@ def _held(folder: Path, wait: bool = True) -> list[int]:
         FileNotFoundError: it is gone.
         BlockingIOError: another save holds it, and `wait` is False.
     """
+    import fcntl  # here: only POSIX has it, and loading works without
+
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
