@@ -230,9 +230,7 @@ def test_models_without_a_linear() -> None:
 
 def test_globs_that_match_nothing_are_named_with_what_there_is() -> None:
     for option in ("include", "exclude"):
-        with pytest.raises(
-            PlanError, match=f"{option}='q_proj' matches no module that holds.*has up, down, norm$"
-        ):
+        with pytest.raises(PlanError, match=f"{option}='q_proj' matches no module that holds.*has up, down, norm$"):
             lrcompile.plan(block(), X, Recipe(**{option: ("q_proj",)}))  # type: ignore[arg-type]
     deep = nn.Sequential(*[block() for _ in range(4)])
     with pytest.raises(
