@@ -62,10 +62,11 @@ class Weight:
         """Numbers in a pair of this rank: rank * (in_features + out_features)."""
         return rank * (self.out_features + self.in_features)
 
-    def matches(self, glob: str) -> bool:
-        """Whether a glob matches one of its names or the module that owns it."""
-        owners = (name.rpartition(".")[0] for name in self.names)
-        return any(fnmatch.fnmatchcase(n, glob) for n in (*self.names, *owners))
+    def matches(self, glob: str, *, itself: bool = False) -> bool:
+        """Whether a glob matches one of its names, the module that owns it, or (unless `itself`) any module around that."""
+        parts = [name.split(".") for name in self.names]
+        called = {".".join(p[:n]) for p in parts for n in range(max(1, len(p) - 1) if itself else 1, len(p) + 1)}
+        return any(fnmatch.fnmatchcase(name, glob) for name in called)
 
 
 @dataclass

@@ -42,7 +42,7 @@ def _why_dense(weight: Weight, ctx: PassContext) -> str:
     excluded = [glob for glob in recipe.exclude if weight.matches(glob)]
     if excluded:
         return f"excluded by {excluded[0]!r}"
-    named = any(weight.matches(g) and not set("*?[") & set(g.rpartition(".")[2]) for g in recipe.include)
+    named = any(weight.matches(g, itself=True) and not set("*?[") & set(g.rpartition(".")[2]) for g in recipe.include)
     if "embedding" in weight.kinds and not named:
         return "an embedding" if set(weight.kinds) == {"embedding"} else "tied to an embedding"
     if weight.head and not named:

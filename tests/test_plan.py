@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import unwrap
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 import lrcompile
-from lrcompile import AdoptError, CaptureError, Plan, PlanError, Recipe
+from lrcompile import AdoptError, CaptureError, Plan, PlanError, Recipe, RecipeError
 from lrcompile.graph.names import plain_name
+from lrcompile.weights.planner import check_globs
 
 TORCHS_MARK = {"_is_torch_compile"}  # torch.compile leaves it on a module
 
@@ -97,8 +99,18 @@ def test_the_dial_is_kept_and_told() -> None:
     assert made.bytes == (4 * before, 4 * after)
     assert "2 of 2 weights become pairs" in str(made) and f"{before:,}" in str(made)
     for entry in made.pairs:
-        assert f"{entry.key}: rank {entry.rank}" in str(made)
+        name, shape = entry.key.removesuffix(".weight"), "x".join(map(str, entry.shape))
+        assert f"{name} ({shape}): rank {entry.rank}" in str(made)
         assert entry.tokens == 4
+
+
+def test_printed_repeated_layers_are_one_line() -> None:
+    made = lrcompile.plan(nn.Sequential(*[block() for _ in range(3)]), X, Recipe(rank=4, exclude=("2.down",)))
+    assert str(made).splitlines()[:3] == [
+        "0-2.up (48x32 ×3): rank 4",
+        "0-1.down (32x48 ×2): rank 4",
+        "2.down (32x48): dense, excluded by '2.down'",
+    ]
 
 
 def test_json_round_trip() -> None:
@@ -218,8 +230,36 @@ def test_models_without_a_linear() -> None:
 
 def test_globs_that_match_nothing_are_named_with_what_there_is() -> None:
     for option in ("include", "exclude"):
-        with pytest.raises(PlanError, match=f"{option}='q_proj' matches no module.*down, norm, up"):
+        with pytest.raises(PlanError, match=f"{option}='q_proj' matches no module that holds.*has up, down, norm$"):
             lrcompile.plan(block(), X, Recipe(**{option: ("q_proj",)}))  # type: ignore[arg-type]
+    deep = nn.Sequential(*[block() for _ in range(4)])
+    with pytest.raises(
+        PlanError, match=r"write '\*\.up' to match it at any depth; the model has 0-3\.up, 0-3\.down, 0-3"
+    ):
+        lrcompile.plan(deep, X, Recipe(exclude=("up",)))
+    for many, end in [(8, "7"), (9, "0-8")]:
+        with pytest.raises(PlanError, match=f"{end}$"):
+            lrcompile.plan(nn.Sequential(*[nn.Linear(32, 32) for _ in range(many)]), X, Recipe(exclude=("up",)))
+    wide = nn.ModuleDict({f"layer_{c}": nn.Linear(4, 4) for c in "abcdefghi"})
+    with pytest.raises(PlanError, match="layer_h, …$"):
+        check_globs(wide, Recipe(exclude=("up",)))
+
+
+@pytest.mark.parametrize("function", [lrcompile.plan, lrcompile.inspect])
+@pytest.mark.parametrize(
+    ("inputs", "recipe", "said"),
+    [
+        (X, {"rank": 4, "exclude": ["up"]}, r"is a dict; pass lrcompile\.Recipe\(rank=4, exclude=\['up'\]\)"),
+        (X, {"rnk": 4}, "unknown option 'rnk'; known are compression, rank"),
+        (X, {}, r"pass lrcompile\.Recipe\(\)"),
+        (X, 4, "must be a lrcompile.Recipe, got int; its fields are compression, rank"),
+        (Recipe(rank=4), X, r"come before the recipe: pass \(model, example_inputs, recipe\)"),
+        (Recipe(rank=4), None, "come before the recipe"),
+    ],
+)
+def test_what_is_no_recipe_is_told_the_fix(function: Any, inputs: Any, recipe: Any, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        unwrap(function)(block(), inputs, recipe)  # without the types that the tests check in front of it
 
 
 def test_everything_excluded_is_a_plan_of_nothing() -> None:
@@ -232,9 +272,9 @@ def test_everything_excluded_is_a_plan_of_nothing() -> None:
 
 def test_ranks_and_budgets_out_of_reach_are_named() -> None:
     for recipe, said in [
-        (Recipe(rank=33), r"rank=33 is above min\(in, out\) = 32 of up.weight"),
-        (Recipe(compression=1000.0), "can't be reached"),
-        (Recipe(budget_bytes=10), "can't be met"),
+        (Recipe(rank=33), r"rank=33 is above min\(in, out\) = 32 of up.weight \(48x32\), the smallest selected weight"),
+        (Recipe(compression=1000.0), "can't be reached: the most is 19.2, with rank 1"),
+        (Recipe(budget_bytes=10), "can't be met: the least is 1216 bytes"),
     ]:
         with pytest.raises(PlanError, match=said):
             lrcompile.plan(block(), X, recipe)

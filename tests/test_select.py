@@ -47,6 +47,31 @@ def test_globs_name_modules_and_parameters():
     assert selected(LanguageModel(), (ids(),), include=("*.up",))[1]["head.weight"].reason == "not included"
 
 
+def test_globs_name_whole_blocks():
+    first, second = ({k for k in BLOCKS if f".{i}." in k} for i in (0, 1))
+    for option in ("body.blocks.0", "body.*.0", "*.blocks.0"):
+        assert selected(LanguageModel(), (ids(),), include=(option,))[0] == first
+        got, weights = selected(LanguageModel(), (ids(),), exclude=(option,))
+        assert got == second and weights["body.blocks.0.up.weight"].reason == f"excluded by {option!r}"
+    assert selected(LanguageModel(), (ids(),), exclude=("body",))[0] == set()
+
+
+def test_a_module_around_an_embedding_or_a_head_does_not_name_it():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = LanguageModel()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.model(ids)
+
+    inside = {f"model.{key}" for key in BLOCKS}
+    got, weights = selected(Model(), (ids(),), include=("model",))
+    assert got == inside and weights["model.head.weight"].reason == "an output head"
+    assert weights["model.embed.weight"].reason == "an embedding"
+    assert selected(Model(), (ids(),), include=("model", "*.head"))[0] == inside | {"model.head.weight"}
+
+
 def test_a_weight_that_is_not_floating_is_an_error_unless_excluded():
     class Packed(nn.Module):
         def __init__(self) -> None:

@@ -16,7 +16,7 @@ from lrcompile.graph.capture import Inputs, capture
 from lrcompile.graph.pipeline import Snapshot, run_passes
 from lrcompile.graph.stage import Stage, World
 from lrcompile.passes import pass_list
-from lrcompile.recipe import Recipe
+from lrcompile.recipe import Recipe, as_recipe
 from lrcompile.weights.adopt import plan_of
 from lrcompile.weights.factor import singular_values
 from lrcompile.weights.layers import PairedModule
@@ -41,10 +41,10 @@ def inspect(model: nn.Module, example_inputs: Inputs, recipe: Recipe | None = No
         a Report: print it, look at `report["factorize"].diff()`, write `report.to_html(path)`.
 
     Raises:
-        CaptureError, PlanError: as for `plan`.
+        RecipeError, CaptureError, PlanError: as for `plan`.
         PassError: a pass failed, or says it is exact and isn't; or verify was asked of a model without numbers.
     """
-    recipe = recipe or Recipe()
+    recipe = as_recipe(recipe, example_inputs)
     numberless = any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters())
     if verify and numberless:
         raise PassError("verify=True runs the graphs, and this model has no numbers (meta device); leave verify out")
