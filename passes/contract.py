@@ -26,6 +26,8 @@ class Weight:
         stored_in_out: whether it is stored (in_features, out_features), as Conv1D's; else (out_features, in_features).
         kinds: how each use spelled the product ("linear", "addmm", "embedding", ...).
         tokens: rows multiplied in one call of the model, over all uses.
+        readers: what else reads it in the graphs, by name.
+        writers: what writes to it in the graphs, by name: such a weight can't be a product.
         head: whether the graph looks like a use as output head.
         selected: whether a pair is wanted; `reason` says why not.
         rank: the pair's rank, None where the weight stays dense.
@@ -37,6 +39,8 @@ class Weight:
     stored_in_out: bool = False
     kinds: list[str] = field(default_factory=list)
     tokens: int = 0
+    readers: list[str] = field(default_factory=list)
+    writers: list[str] = field(default_factory=list)
     head: bool = False
     selected: bool = False
     reason: str = ""

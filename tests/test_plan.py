@@ -15,6 +15,9 @@ from lrcompile import AdoptError, CaptureError, Plan, PlanError, Recipe, RecipeE
 from lrcompile.graph.names import plain_name
 from lrcompile.weights.planner import check_globs
 
+from .helpers import Spelled
+from .test_canonicalize import LEFT_ALONE, SPELLINGS, masked
+
 TORCHS_MARK = {"_is_torch_compile"}  # torch.compile leaves it on a module
 
 
@@ -311,6 +314,40 @@ def test_every_weight_that_stays_dense_says_why() -> None:
     assert "not read by a matrix product" in why["table"]
     assert why["mix"]
     assert "rank 1 would hold" in why["narrow.weight"]
+
+
+class EverySpelling(nn.Module):
+    """A module for each way of reading a matrix that the tests of the pass know."""
+
+    def __init__(self, table: dict[str, Any]) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(Spelled(function or masked, shape) for function, shape, _ in table.values())
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [spelled(x) for spelled in self.each]
+
+
+def test_every_spelling_is_planned_or_says_why_not() -> None:
+    torch.manual_seed(0)
+    table = SPELLINGS | LEFT_ALONE
+    made = lrcompile.plan(EverySpelling(table), (torch.randn(2, 5, 8),), Recipe(rank=1, include=("each.*.weight",)))
+    entries = {e.key: e for e in made.entries}
+    for i, name in enumerate(table):
+        entry = entries[f"each.{i}.weight"]
+        assert (entry.rank == 1 and not entry.reason) if name in SPELLINGS else entry.reason, (name, entry)
+
+
+def test_every_spelling_is_adopted_and_compiled() -> None:
+    """At full rank the adopted model is the dense one, as it stands and as the program passes write it."""
+    torch.manual_seed(0)
+    model, inputs = EverySpelling(SPELLINGS), (torch.randn(2, 5, 8),)
+    expected = model(*inputs)
+    recipe = Recipe(rank_ratio=1, require_saving=False, include=("each.*.weight",))
+    lrcompile.adopt(model, recipe, inputs)
+    assert all(hasattr(spelled, "weight_a") for spelled in model.each)
+    compiled = torch.compile(model, backend="lrcompile", options={"inner": "eager", "verify": True})
+    for got in (model(*inputs), compiled(*inputs)):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_compiled_model_is_planned_by_its_plain_names() -> None:
