@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help=about, description=about, epilog=_SOURCE, formatter_class=raw)
     _add_recipe(inspect)
     inspect.add_argument(
-        "--show", metavar="PASS", action="append", help="print the diff of a pass (repeat for several)"
+        "--show", metavar="PASS", action="append", help="print the diff of a pass too (repeat for several)"
     )
     inspect.add_argument("--html", metavar="FILE", type=Path, help="write a page with everything")
     inspect.add_argument(
@@ -131,11 +131,11 @@ def _inspect(args: argparse.Namespace) -> int:
     for name in args.show or []:
         if name not in known:
             raise LrcompileError(f"no pass {name!r}; there are {', '.join(known)}")
-    if args.show:
-        for name in args.show:
-            print(report[name].diff() or f"{name}: the graph stays as it is")
-    else:
-        show(report)
+    show(report)
+    for name in args.show or []:
+        stage = report[name]
+        # The first stage has nothing to differ from: the graph as it came.
+        print("\n" + (stage.code if stage.before is None else stage.diff() or f"{name}: the graph stays as it is"))
     if args.html:
         _write(args.html, page(report))
         print(f"wrote {args.html}")

@@ -12,8 +12,9 @@ import torch
 from torch import fx
 
 from lrcompile.kernels import lowrank_linear
+from lrcompile.passes.chains import argument
 from lrcompile.passes.contract import PassContext, PassResult, graph_pass
-from lrcompile.passes.graphs import Site, argument, drop_dead, emit, module_name, pair_of, rows_of, scopes, sites, value
+from lrcompile.passes.graphs import Site, drop_dead, emit, module_name, pair_of, rows_of, scopes, sites, value
 
 
 @graph_pass(exact=True)

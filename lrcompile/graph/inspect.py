@@ -18,7 +18,7 @@ from lrcompile.graph.pipeline import Snapshot, run_passes
 from lrcompile.graph.stage import Stage, World
 from lrcompile.kernels import launch
 from lrcompile.passes import KERNELS, pass_list
-from lrcompile.recipe import Recipe
+from lrcompile.recipe import Recipe, as_recipe
 from lrcompile.weights.adopt import plan_of
 from lrcompile.weights.factor import singular_values
 from lrcompile.weights.layers import PairedModule
@@ -54,11 +54,11 @@ def inspect(
         a Report: print it, look at `report["factorize"].diff()`, write `report.to_html(path)`.
 
     Raises:
-        CaptureError, PlanError: as for `plan`.
-        RecipeError, KernelError: kernels or target is not known; the message lists what is.
+        RecipeError, CaptureError, PlanError: as for `plan`; or kernels is not known, which lists what is.
+        KernelError: target is no GPU of the cost table; the message lists them.
         PassError: a pass failed, or says it is exact and isn't; or verify was asked of a model without numbers.
     """
-    recipe = recipe or Recipe()
+    recipe = as_recipe(recipe, example_inputs)
     if kernels not in KERNELS:
         raise RecipeError(f"kernels={kernels!r} is not known; choose from {', '.join(KERNELS)}")
     numberless = any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters())
