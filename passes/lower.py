@@ -6,31 +6,34 @@ the CPU those are always the choice. Nothing is timed, so that all ranks of a tr
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
+from lrcompile.cost import MARGIN
 from lrcompile.kernels import lowrank_linear
 from lrcompile.passes.chains import argument
 from lrcompile.passes.contract import PassContext, PassResult, graph_pass
 from lrcompile.passes.graphs import Site, drop_dead, emit, module_name, pair_of, rows_of, scopes, sites, value
 
+THIN = "two thin linears"
+RECOMPUTE, KEEP = "lrcompile::lowrank_linear", "lrcompile::lowrank_linear_keep"
+
 
 @graph_pass(exact=True)
 def lower(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-    """Put our operator where it is expected to be faster, say of each pair what computes it and why, check the graph."""
+    """Put an operator of ours where it is expected to be faster, say of each pair what computes it and why; lint."""
     result = PassResult()
     for site in list(sites(gm)):
         rank = pair_of(site)
         if rank is None:
             continue
-        ours, why = _choice(site, rank, ctx)
-        name = module_name(site.node) or site.node.name
-        what = "lrcompile::lowrank_linear" if ours else "two thin linears"
-        result.changed.append(f"{name}: {what} of rank {rank} ({why})")
-        if ours:
-            _replace(site)
+        what, why = _choice(site, rank, ctx)
+        result.changed.append(f"{module_name(site.node) or site.node.name}: {what} of rank {rank} ({why})")
+        if what != THIN:
+            _replace(site, keep=what == KEEP)
     for scope in scopes(gm):
         drop_dead(scope.gm)
         scope.gm.graph.lint()
@@ -38,27 +41,28 @@ def lower(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     return result
 
 
-def _choice(site: Site, rank: int, ctx: PassContext) -> tuple[bool, str]:
-    """Whether our kernel computes a pair, and why."""
+def _choice(site: Site, rank: int, ctx: PassContext) -> tuple[str, str]:
+    """What computes a pair, and why."""
     if ctx.kernels != "auto":
-        return ctx.kernels == "triton", f"kernels={ctx.kernels!r}"
+        return RECOMPUTE if ctx.kernels == "triton" else THIN, f"kernels={ctx.kernels!r}"
     if ctx.target is None:
-        return False, ctx.device
-    x, out, inner = value(site.x.args[0]), value(site.node), site.x.args[0]
-    shape = lowrank_linear.Shape(
-        rows_of(inner), int(x.shape[-1]), int(out.shape[-1]), rank, argument(site.node, 2, "bias") is not None
-    )
-    forward = lowrank_linear.predict_forward(shape, out.dtype, ctx.target)
-    ours, theirs = forward.seconds, forward.gemms
-    needed = tuple(_wants_gradient(n) for n in (inner, *_factors(site), argument(site.node, 2, "bias")))
-    told = f"{ctx.target.name}: {_micro(forward.seconds)} {forward.variant} against {_micro(forward.gemms)} of Inductor"
+        return THIN, ctx.device
+    inner, bias, dtype = site.x.args[0], argument(site.node, 2, "bias"), value(site.node).dtype
+    features = int(value(inner).shape[-1]), int(value(site.node).shape[-1])
+    shape = lowrank_linear.Shape(rows_of(inner), *features, rank, bias is not None)  # type: ignore[arg-type]
+    forward = lowrank_linear.predict_forward(shape, dtype, ctx.target)
+    seconds = {RECOMPUTE: forward.seconds, THIN: forward.gemms}
+    needed = tuple(_wants_gradient(node) for node in (inner, *_factors(site), bias))
     if any(needed):
-        backward = lowrank_linear.predict_backward(shape, out.dtype, ctx.target, needed)
-        ours, theirs = ours + backward.seconds, theirs + backward.gemms
-        told += f" forward, {_micro(backward.seconds)} {backward.variant} against {_micro(backward.gemms)} backward"
-    if forward.variant == "gemms" and theirs <= ours:
-        return False, f"{told}: no gain expected"
-    return ours < theirs, told
+        for what, kept in ((RECOMPUTE, False), (KEEP, True)):
+            backward = lowrank_linear.predict_backward(shape, dtype, ctx.target, needed, kept)  # type: ignore[arg-type]
+            seconds[what] = forward.seconds + backward.seconds
+        seconds[THIN] += backward.gemms
+    best = min(seconds, key=lambda what: seconds[what])
+    # An operator of ours stands in Inductor's way, so it has to promise something.
+    what = best if seconds[best] * MARGIN < seconds[THIN] else THIN
+    told = ", ".join(f"{name} {time * 1e6:.3g} µs" for name, time in seconds.items())
+    return what, f"predicted for {ctx.target.name}, forward{' and backward' * any(needed)}: {told}"
 
 
 def _factors(site: Site) -> tuple[Any, Any]:
@@ -70,13 +74,11 @@ def _wants_gradient(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(value(node), torch.Tensor) and value(node).requires_grad
 
 
-def _replace(site: Site) -> None:
-    a, b = _factors(site)
-    op = torch.ops.lrcompile.lowrank_linear.default
-    new = emit(site.scope, site.node, op, site.x.args[0], a, b, argument(site.node, 2, "bias"))
+def _replace(site: Site, *, keep: bool) -> None:
+    name = "lowrank_linear_keep" if keep else "lowrank_linear"
+    op = getattr(torch.ops.lrcompile, name).default
+    new = emit(site.scope, site.node, op, site.x.args[0], *_factors(site), argument(site.node, 2, "bias"))
+    if keep:  # (y, x @ weight_aᵀ)
+        new = emit(site.scope, site.node, operator.getitem, new, 0)
     site.node.replace_all_uses_with(new)
     site.scope.gm.graph.erase_node(site.node)
-
-
-def _micro(seconds: float) -> str:
-    return f"{seconds * 1e6:.3g} µs"

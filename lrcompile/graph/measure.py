@@ -45,6 +45,7 @@ def _lowrank_linear(x: Any, a: Any, b: Any, bias: Any = None, out_shape: Any = N
 _MORE_FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     torch.ops.lrcompile.lowrank_linear: _lowrank_linear,
+    torch.ops.lrcompile.lowrank_linear_keep: _lowrank_linear,
 }
 
 
