@@ -25,6 +25,8 @@ def rewrite(scope: Scope, node: fx.Node) -> tuple[fx.Node | None, str]:
     """
     if target_name(node) not in SPELLINGS or not _is_torchs(node.target):
         return None, ""
+    if target_name(node) in ("mv", "addmv") and _under_autocast(scope):
+        return None, ""  # it casts F.linear everywhere, these not on every device
     spelling, function = SPELLINGS[target_name(node)]
     new = function(scope, node)
     return (None, "") if new is None else (_laid_out_as(scope, node, new), spelling)
@@ -33,6 +35,14 @@ def rewrite(scope: Scope, node: fx.Node) -> tuple[fx.Node | None, str]:
 def _is_torchs(target: Any) -> bool:
     function = isinstance(target, (types.FunctionType, types.BuiltinFunctionType))
     return isinstance(target, str) or (function and str(target.__module__).split(".")[0] in ("torch", "_operator"))
+
+
+def _under_autocast(scope: Scope) -> bool:
+    """Whether autocast is on around the graph, or somewhere in it."""
+    entered = any(target_name(node) == "_enter_autocast" for node in scope.gm.graph.nodes)
+    return (
+        entered or torch._C._is_any_autocast_enabled() or (scope.parent is not None and _under_autocast(scope.parent))
+    )
 
 
 def _laid_out_as(scope: Scope, node: fx.Node, new: fx.Node) -> fx.Node:
