@@ -29,3 +29,7 @@ class AdoptError(LrcompileError, RuntimeError):
 
 class StateError(LrcompileError, RuntimeError):
     """A saved directory is truncated, altered, foreign, or of another model."""
+
+
+class MissingLibraryError(LrcompileError, ImportError):
+    """An optional library is needed; the message names the extra that installs it."""
