@@ -1,1 +1,1 @@
-"""Kernel families: one file each, with its plain-torch reference."""
+"""Kernel families: FAMILY.py has the reference, the operator and when it is used, FAMILY_triton.py the Triton code."""

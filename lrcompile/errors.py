@@ -33,3 +33,7 @@ class StateError(LrcompileError, RuntimeError):
 
 class MissingLibraryError(LrcompileError, ImportError):
     """An optional library is needed; the message names the extra that installs it."""
+
+
+class KernelError(LrcompileError, RuntimeError):
+    """A kernel was given operands, or forced on operands, that it can't take."""

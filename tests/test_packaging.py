@@ -15,7 +15,7 @@ import pytest
 PROBE = """
 import importlib.util, json, sys
 import lrcompile
-heavy = ["bitsandbytes", "torchao", "transformers", "torch._inductor"]
+heavy = ["bitsandbytes", "torchao", "transformers", "torch._inductor", "triton"]
 loaded = [name for name in heavy if name in sys.modules]
 import lrcompile.kernels, lrcompile.passes
 import torch._dynamo
@@ -99,6 +99,7 @@ def test_the_wheel_holds_every_module_and_its_type_marker(root: Path, python: Pa
         for file in (root / name).rglob("*.py")
         if not (home / file.relative_to(root / name)).exists()
     ]
+    missing += [f.name for f in (root / "kernels").rglob("*.json") if not (site / "kernels/tuning" / f.name).exists()]
     assert missing == []
     assert (site / "py.typed").exists()
 
@@ -113,4 +114,6 @@ def test_every_import_is_a_declared_dependency(root: Path) -> None:
         loading = ast.parse(file.read_text("utf-8")).body
         names = [alias.name for node in loading if isinstance(node, ast.Import) for alias in node.names]
         names += [node.module or "" for node in loading if isinstance(node, ast.ImportFrom) and not node.level]
-        assert {name.split(".")[0] for name in names} <= allowed, file
+        # Imported where a kernel is launched or compiled: torch's CUDA builds bring Triton along.
+        lazy = {"triton"} if file.name.endswith("_triton.py") or file.name == "aot.py" else set()
+        assert {name.split(".")[0] for name in names} <= allowed | lazy, file
