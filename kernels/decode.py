@@ -9,13 +9,13 @@ nf4, fp4   uint8 (out * in / 2, 1)  fp32 (out * in / g,)  with nested scales the
                                                           its own scales fp32 (blocks / 256,), their table fp32
                                                           (256,), an offset fp32 ()
 int8_row   int8 (out, in)           fp32 (out,)           a row's largest magnitude; a code is worth scale / 127
-int8       int8 (out, in)           fp32 (out, in / g)    g is in_features or a divisor of it
+int8       int8 (out, in)           fp32 (out, in / g)    g divides in_features
 int4       int8 (out, in / 2)       (in / g, out)         zero point of the same shape; both in the weight's dtype
 =========  =======================  ====================  ==========================================================
 
 nf4, fp4 and int8_row are bitsandbytes' layouts (2305.14314, 2208.07339): first of two values in the high nibble, groups
 of g running over the flattened matrix. int8 and int4 are torchao's plain ones: even columns in the low nibble, codes
-from -8 to 7, value = code * scale + zero point. Decoded values are bit-exact with those libraries'.
+from -8 to 7, value = code * scale + zero point. A group of 0 is a whole row (int8 and int8_row). Decoded values are bit-exact with those libraries'.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def reference(packed: Sequence[Tensor], layout: str, group: int, in_features: in
     Args:
         packed: the tensors of the layout, as in the table above.
         layout: one of LAYOUTS.
-        group: values that share a scale, along in_features.
+        group: values that share a scale, along in_features; 0 for a whole row.
         in_features: columns of the matrix.
         dtype: floating dtype of the result.
 
@@ -87,6 +87,7 @@ def reference(packed: Sequence[Tensor], layout: str, group: int, in_features: in
         (out_features, in_features) in dtype.
     """
     codes, scale = packed[0], packed[1]
+    group = group or in_features
     if layout in ("nf4", "fp4"):
         table = code_table(layout, codes.device)
         both = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)  # the pair that each byte stands for

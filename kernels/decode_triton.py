@@ -169,12 +169,11 @@ def pointers(packed: Sequence[Tensor], layout: str) -> tuple[Tensor | None, ...]
 
 def constants(packed: Sequence[Tensor], layout: str, group: int, in_features: int) -> dict[str, Any]:
     """The compile-time facts of a quantised matrix, as kernels take them."""
-    whole = layout in ("int8", "int8_row") and group == in_features
     return {
         "LAYOUT": layout,
-        "GROUP": 0 if whole else group,
+        "GROUP": group,
         "NESTED": len(packed) == 5,
-        "ALIGNED": whole or in_features % group == 0,
+        "ALIGNED": group == 0 or in_features % group == 0,
         "WORDS": in_features % (8 if layout in ("nf4", "fp4", "int4") else 4) == 0 and packed[0].data_ptr() % 4 == 0,
     }
 

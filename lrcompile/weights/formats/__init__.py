@@ -56,8 +56,9 @@ class Format(Protocol):
         """The packed tensors' names, also in a state dict, in the order the kernels take them: the integer codes first."""
         ...
 
-    def group(self, in_features: int) -> int:
-        """Values along in_features that share a scale."""
+    @property
+    def group(self) -> int:
+        """Values along in_features that share a scale; 0 for a whole row."""
         ...
 
     def specs(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Spec]:
@@ -104,7 +105,7 @@ def quantise(form: Format, weight: Tensor, name: str = "weight") -> Packed:
 
 def dequantise(form: Format, packed: Packed, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The dense (out_features, in_features) weight in this dtype, bit-exact with the library's own dequantisation."""
-    return decode.reference([packed[key] for key in form.keys], form.layout, form.group(shape[1]), shape[1], dtype)
+    return decode.reference([packed[key] for key in form.keys], form.layout, form.group, shape[1], dtype)
 
 
 def bytes_per_weight(form: Format, shape: tuple[int, int], dtype: torch.dtype) -> float:

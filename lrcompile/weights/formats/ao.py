@@ -32,8 +32,9 @@ class Int8:
     def name(self) -> str:
         return "int8" if self.size is None else f"int8-{self.size}"
 
-    def group(self, in_features: int) -> int:
-        return in_features if self.size is None else self.size
+    @property
+    def group(self) -> int:
+        return self.size or 0
 
     def specs(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Spec]:
         check_dtype(self.name, dtype)
@@ -50,7 +51,7 @@ class Int8:
         return _library("quantization").Int8Tensor(
             packed["qdata"],
             packed["scale"],
-            [1, self.group(shape[1])],
+            [1, self.size or shape[1]],
             dtype,
             zero_point=torch.zeros_like(packed["scale"], dtype=torch.int8),
         )
@@ -72,7 +73,8 @@ class Int4:
     def name(self) -> str:
         return "int4" if self.size == 128 else f"int4-{self.size}"
 
-    def group(self, in_features: int) -> int:
+    @property
+    def group(self) -> int:
         return self.size
 
     def specs(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Spec]:

@@ -42,7 +42,8 @@ class FourBit:
         more = ("nested_absmax", "nested_quant_map", "nested_offset") if self.nested else ()
         return ("weight", "absmax", *more)
 
-    def group(self, in_features: int) -> int:
+    @property
+    def group(self) -> int:
         return self.block
 
     def specs(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Spec]:
@@ -108,10 +109,8 @@ class RowWise:
 
     name: str = "int8-bnb"
     layout: str = "int8_row"
+    group: int = 0
     keys: tuple[str, ...] = ("weight", "SCB")
-
-    def group(self, in_features: int) -> int:
-        return in_features
 
     def specs(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Spec]:
         check_dtype(self.name, dtype)
