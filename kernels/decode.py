@@ -15,7 +15,8 @@ int4       int8 (out, in / 2)       (in / g, out)         zero point of the same
 
 nf4, fp4 and int8_row are bitsandbytes' layouts (2305.14314, 2208.07339): first of two values in the high nibble, groups
 of g running over the flattened matrix. int8 and int4 are torchao's plain ones: even columns in the low nibble, codes
-from -8 to 7, value = code * scale + zero point. A group of 0 is a whole row (int8 and int8_row). Decoded values are bit-exact with those libraries'.
+from -8 to 7, value = code * scale + zero point. A group of 0 is a whole row (int8 and int8_row). Decoded values are
+bit-exact with those libraries'.
 """
 
 from __future__ import annotations

@@ -95,14 +95,16 @@ def splits_for(tokens: int, in_features: int, out_features: int, tile: Tile, dev
 
 def predict_forward(shape: Shape, dtype: torch.dtype, device: Device) -> Choice:
     """Which implementation computes y, and the predicted seconds."""
-    m, k, n, size = shape.tokens, shape.in_features, shape.out_features, dtype.itemsize
+    m, k, n = shape.tokens, shape.in_features, shape.out_features
     predicted = {"gemms": _library(m, n, k, shape, dtype, device)}
     tile = tile_for("forward", m, dtype, device)
     if tile is not None:
         splits = splits_for(m, k, n, tile, device)
         parts = splits * m * n * 8 if splits > 1 else 0  # in fp32, written and read in the cache
         launches, steps = (1 if splits == 1 else 2), math.ceil(k / (splits * tile.block_k))
-        predicted["fused"] = _fused(m, n, k, (tile.block_m, tile.block_n), shape, dtype, device, parts, splits, launches, steps)
+        predicted["fused"] = _fused(
+            m, n, k, (tile.block_m, tile.block_n), shape, dtype, device, parts, splits, launches, steps
+        )
     return choose(predicted)
 
 
@@ -181,7 +183,9 @@ def check(op: str, x: Tensor, packed: Sequence[Tensor], layout: str, group: int,
         told = f"x is {x.dtype}" + ("" if bias is None else f", the bias {bias.dtype}")
         raise KernelError(f"{op}: {told}; give both one floating dtype, or enter autocast")
     if bias is not None and tuple(bias.shape) != (decode.out_features(packed, layout, k),):
-        raise KernelError(f"{op}: bias {tuple(bias.shape)} doesn't fit {decode.out_features(packed, layout, k)} columns")
+        raise KernelError(
+            f"{op}: bias {tuple(bias.shape)} doesn't fit {decode.out_features(packed, layout, k)} columns"
+        )
     devices = {t.device for t in (x, *packed, *([] if bias is None else [bias]))}
     if len(devices) > 1:
         raise KernelError(f"{op}: operands on {', '.join(sorted(map(str, devices)))}; move them to one device")

@@ -127,7 +127,9 @@ def backward_kernel(dy, codes, scale, zero, table, nested_scale, nested_table, n
         for start in range(0, rank, BLOCK_R):
             at = start + r
             g_tile = tl.load(g + i[:, None] * rank + at[None, :], (i[:, None] < height) & (at[None, :] < rank), 0.0)
-            a_tile = tl.load(a + at[:, None].to(tl.int64) * k + col[None, :], (at[:, None] < rank) & (col[None, :] < k), 0.0)
+            a_tile = tl.load(
+                a + at[:, None].to(tl.int64) * k + col[None, :], (at[:, None] < rank) & (col[None, :] < k), 0.0
+            )
             pair = tl.dot(g_tile, a_tile, pair, input_precision=PRECISION)
         acc += pair * factor
     mask = (i[:, None] < height) & (col[None, :] < k)
@@ -214,8 +216,8 @@ def specimen(kernel: str, row: dict[str, Any], layout: str = "nf4", group: int =
     pointers |= dict.fromkeys(("x", "bias", "y") if forwards else ("dy", "dx"), "bf16")
     pointers |= dict.fromkeys(("h", "b") if forwards else ("g", "a"), "bf16") if pair else {}
     function = forward_kernel if forwards else backward_kernel
-    constants = {name: None for name in (*_POINTERS, "h", "b", "g", "a") if name in function.arg_names}
-    constants = {name: value for name, value in constants.items() if name not in pointers}
+    absent = [name for name in (*_POINTERS, "h", "b", "g", "a") if name in function.arg_names and name not in pointers]
+    constants: dict[str, Any] = dict.fromkeys(absent)
     constants |= {"LAYOUT": layout, "GROUP": group, "NESTED": nested, "ALIGNED": True, "WORDS": True, "HAS_PAIR": pair}
     constants |= _blocks(tile, 64) | {"PRECISION": "ieee", "factor": 2.0} | ({"HAS_BIAS": True} if forwards else {})
     return Specimen(function, pointers, constants)

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -65,7 +64,9 @@ def check(
         raise KernelError(f"{FAMILY}: {told} don't fit a base of {(n, x.shape[-1])}; (rank, in) and (out, rank) do")
     if {a.dtype, b.dtype} != {x.dtype} or {a.device, b.device} != {x.device}:
         told = ", ".join(f"{t.dtype} on {t.device}" for t in (x, a, b))
-        raise KernelError(f"{FAMILY}: x, weight_a, weight_b are {told}; give them one dtype and device, or enter autocast")
+        raise KernelError(
+            f"{FAMILY}: x, weight_a, weight_b are {told}; give them one dtype and device, or enter autocast"
+        )
 
 
 def _forward(
@@ -109,9 +110,8 @@ def _backward(
     """
     of_x, of_a, of_b = needed
     flat_dy, flat = rows(dy), None if x is None else rows(x)
-    none = dy.new_empty(0)
-    dx, da, db = none, none, none
-    g = flat_dy @ b if of_x or of_a else none
+    dx, da, db = (dy.new_empty(0) for _ in needed)
+    g = flat_dy @ b if of_x or of_a else dy.new_empty(0)
     if of_x:
         k = a.shape[1]
         device = launch.describe(dy.device)
@@ -153,7 +153,7 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, a, b, *packed = ctx.saved_tensors
     needs = ctx.needs_input_grad
     needed = [needs[0], needs[4], needs[5]]
-    gradients = (None, None, None)
+    gradients: tuple[Tensor | None, ...] = (None, None, None)
     if any(needed):
         found = quant_lowrank_linear_backward(dy, x, packed, ctx.layout, ctx.group, a, b, ctx.factor, needed)
         gradients = tuple(gradient if want else None for gradient, want in zip(found, needed, strict=True))
