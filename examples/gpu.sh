@@ -16,7 +16,7 @@ if [ -n "$wheels" ]; then
 fi
 python -m pip install -q --no-deps --no-build-isolation -e . || exit 1
 python -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || exit 1
-timeout 200 python -m pytest -q -p no:cacheprovider --tb=short -m gpu tests/kernels 2>&1 | tee "$out/gpu-tests.txt" | tail -40
+timeout 200 python -m pytest -q -p no:cacheprovider --tb=short -m gpu tests 2>&1 | tee "$out/gpu-tests.txt" | tail -40
 timeout 330 lrcompile bench kernels --out "$out" --minutes 4 2>&1 | tee "$out/gpu-bench.txt" | tail -60
 timeout 60 lrcompile bench step 2>&1 | tee "$out/gpu-step.txt"
 exit "${PIPESTATUS[0]}"
