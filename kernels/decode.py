@@ -48,7 +48,7 @@ NF4 = (
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 LAYOUTS = ("nf4", "fp4", "int8_row", "int8", "int4")
 NESTED_GROUP = 256  # bitsandbytes quantises the scales of nested formats in blocks of this many
-_ROW_UNIT = 7.874015718698502e-3  # 1 / 127, as bitsandbytes writes it
+ROW_UNIT = 7.874015718698502e-3  # 1 / 127, as bitsandbytes writes it
 
 
 def code_table(layout: str, device: torch.device) -> Tensor:
@@ -100,7 +100,7 @@ def reference(packed: Sequence[Tensor], layout: str, group: int, in_features: in
             values = (values.view(-1, group) * scales[:, None]).view(-1)
         return values.view(-1, in_features).to(dtype)
     if layout == "int8_row":
-        return (codes * scale[:, None] * _ROW_UNIT).to(dtype)
+        return (codes * scale[:, None] * ROW_UNIT).to(dtype)
     if layout == "int8":
         return (codes.unflatten(1, (-1, group)).float() * scale[..., None]).flatten(1).to(dtype)
     both = torch.stack(((codes << 4) >> 4, codes >> 4), dim=-1).view(codes.shape[0], -1, group)

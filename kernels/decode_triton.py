@@ -24,7 +24,7 @@ from lrcompile.kernels.launch import on_device
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 _NESTED_GROUP = tl.constexpr(decode.NESTED_GROUP)
-_ROW_UNIT = tl.constexpr(decode._ROW_UNIT)
+_ROW_UNIT = tl.constexpr(decode.ROW_UNIT)
 
 
 @triton.jit

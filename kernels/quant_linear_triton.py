@@ -57,6 +57,17 @@ def forward_kernel(x, codes, scale, zero, table, nested_scale, nested_table, nes
     c = tl.arange(0, BLOCK_K)
     x += top * stride
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if HAS_PAIR:
+        if s == 0:
+            r = tl.arange(0, BLOCK_R)
+            h += top * rank
+            b += first * rank
+            for start in range(0, rank, BLOCK_R):
+                at = start + r
+                b_tile = tl.load(b + j[:, None] * rank + at[None, :], (j[:, None] < rows) & (at[None, :] < rank), 0.0)
+                h_tile = tl.load(h + i[None, :] * rank + at[:, None], (i[None, :] < height) & (at[:, None] < rank), 0.0)
+                acc = tl.dot(b_tile, h_tile, acc, input_precision=PRECISION)
+            acc *= factor
     end = tl.minimum(k, (s + 1) * share)
     for left in range(s * share, end, BLOCK_K):
         w = decode_tile(codes, scale, zero, table, nested_scale, nested_table, nested_offset, first, left, n, k,
@@ -64,18 +75,6 @@ def forward_kernel(x, codes, scale, zero, table, nested_scale, nested_table, nes
         col = left + c
         x_tile = tl.load(x + i[None, :] * stride + col[:, None], (i[None, :] < height) & (col[:, None] < end), 0.0)
         acc = tl.dot(w, x_tile, acc, input_precision=PRECISION)
-    if HAS_PAIR:
-        if s == 0:
-            r = tl.arange(0, BLOCK_R)
-            h += top * rank
-            b += first * rank
-            pair = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for start in range(0, rank, BLOCK_R):
-                at = start + r
-                b_tile = tl.load(b + j[:, None] * rank + at[None, :], (j[:, None] < rows) & (at[None, :] < rank), 0.0)
-                h_tile = tl.load(h + i[None, :] * rank + at[:, None], (i[None, :] < height) & (at[:, None] < rank), 0.0)
-                pair = tl.dot(b_tile, h_tile, pair, input_precision=PRECISION)
-            acc += pair * factor
     if HAS_BIAS:
         acc += tl.load(bias + first + j, j < rows, 0.0).to(tl.float32)[:, None]
     y += s.to(tl.int64) * m * n + top * n + first
@@ -113,6 +112,17 @@ def backward_kernel(dy, codes, scale, zero, table, nested_scale, nested_table, n
     col = left + tl.arange(0, BLOCK_K)
     dy += top * stride
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    if HAS_PAIR:
+        r = tl.arange(0, BLOCK_R)
+        g += top * rank
+        for start in range(0, rank, BLOCK_R):
+            at = start + r
+            g_tile = tl.load(g + i[:, None] * rank + at[None, :], (i[:, None] < height) & (at[None, :] < rank), 0.0)
+            a_tile = tl.load(
+                a + at[:, None].to(tl.int64) * k + col[None, :], (at[:, None] < rank) & (col[None, :] < k), 0.0
+            )
+            acc = tl.dot(g_tile, a_tile, acc, input_precision=PRECISION)
+        acc *= factor
     for start in range(0, n, BLOCK_N):
         row = start + j
         dy_tile = tl.load(dy + i[:, None] * stride + row[None, :], (i[:, None] < height) & (row[None, :] < n), 0.0)
@@ -120,18 +130,6 @@ def backward_kernel(dy, codes, scale, zero, table, nested_scale, nested_table, n
         w = decode_tile(codes, scale, zero, table, nested_scale, nested_table, nested_offset, first, left, n, k,
                         LAYOUT, GROUP, NESTED, ALIGNED, WORDS, dtype, BLOCK_N, BLOCK_K)  # fmt: skip
         acc = tl.dot(dy_tile, w, acc, input_precision=PRECISION)
-    if HAS_PAIR:
-        r = tl.arange(0, BLOCK_R)
-        g += top * rank
-        pair = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        for start in range(0, rank, BLOCK_R):
-            at = start + r
-            g_tile = tl.load(g + i[:, None] * rank + at[None, :], (i[:, None] < height) & (at[None, :] < rank), 0.0)
-            a_tile = tl.load(
-                a + at[:, None].to(tl.int64) * k + col[None, :], (at[:, None] < rank) & (col[None, :] < k), 0.0
-            )
-            pair = tl.dot(g_tile, a_tile, pair, input_precision=PRECISION)
-        acc += pair * factor
     mask = (i[:, None] < height) & (col[None, :] < k)
     tl.store(dx + top * k + i[:, None].to(tl.int64) * k + col[None, :], acc.to(dtype), mask)
 

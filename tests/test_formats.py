@@ -78,6 +78,16 @@ def test_a_linear4bit_is_adopted_and_exported(nested):
         same(state[key].data, expected[key].data)
 
 
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_bytes_stored_as_another_dtype_are_read_as_bytes(storage):
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = weight_of(8, 64, torch.float32)
+    stored = bnb.nn.Params4bit(weight, quant_type="nf4", quant_storage=storage, compress_statistics=False).to("cpu")
+    seen = recognise(stored)
+    assert stored.dtype == storage and seen.packed["weight"].data_ptr() == stored.data_ptr()
+    same(seen.packed["weight"], quantise(format_of("nf4"), weight)["weight"])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_rows_are_bitsandbytes_own(dtype):
     bnb = pytest.importorskip("bitsandbytes")
@@ -222,9 +232,10 @@ def test_libraries_quantised_otherwise_are_refused_by_name():
     with pytest.raises(PlanError, match="IntxUnpackedToInt8Tensor"):
         recognise(layer[0].weight)
     bnb = pytest.importorskip("bitsandbytes")
-    stored = bnb.nn.Params4bit(torch.randn(8, 64), quant_type="nf4", quant_storage=torch.bfloat16).to("cpu")
-    with pytest.raises(PlanError, match="quant_storage"):
-        recognise(stored)
+    repacked = bnb.nn.Params4bit(torch.randn(8, 64), quant_type="nf4").to("cpu")
+    repacked.quant_state.packing_format_for_cpu = True
+    with pytest.raises(PlanError, match="before its first forward"):
+        recognise(repacked)
     assert recognise(torch.randn(3, 3)) is None
 
 

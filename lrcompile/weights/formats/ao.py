@@ -59,7 +59,10 @@ class Int8:
 
 @dataclass(frozen=True)
 class Int4:
-    """int4 with a floating zero point a group, in Int4Tensor's layout; rounded by torchao's tinygemm primitives.
+    """int4 with a floating zero point a group, in Int4Tensor's layout, the plain one of Int4WeightOnlyConfig.
+
+    Scales and codes are chosen by torchao's tinygemm primitives, as for its tile-packed and CPU weights. For the plain
+    layout torchao itself needs the mslk library, on a GPU, which rounds a little differently; what it made is read as is.
 
     Attributes:
         size: values a group, one of GROUPS.

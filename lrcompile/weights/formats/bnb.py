@@ -139,11 +139,12 @@ def read(weight: Any) -> Quantised | None:
         state, codes = weight.quant_state, weight.data
         if state is None:
             return None
-        if getattr(state, "packing_format_for_cpu", False) or codes.dtype != torch.uint8:
+        if getattr(state, "packing_format_for_cpu", False):
             raise PlanError(
-                f"this Params4bit is stored as {codes.dtype} or in bitsandbytes' packing for one CPU; give it "
-                "quant_storage=torch.uint8, or read the model before its first forward"
+                "bitsandbytes has repacked this Params4bit for the CPU it ran on and rounded its scales; "
+                "load the model anew and take it before its first forward"
             )
+        codes = codes.view(torch.uint8)  # whatever it is stored as: FSDP users choose a float
         form = FourBit(state.quant_type, state.blocksize, state.nested)
         shape = (int(state.shape[0]), int(state.shape[1]))
         form.specs(shape, state.dtype)
