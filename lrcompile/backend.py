@@ -9,47 +9,23 @@ guards fail on the next call, which is traced afresh.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from lrcompile.errors import AdoptError, RecipeError
-from lrcompile.follow import pair_of_old, watch
-from lrcompile.graph.capture import (
-    Capture,
-    CapturedGraph,
-    frame_goes_on,
-    frame_modules,
-    in_recomputed_region,
-    tracing_lock,
-)
+from lrcompile.errors import RecipeError
+from lrcompile.first_run import AdoptAtRun, device_of, names_of, settle_copies
+from lrcompile.graph.capture import Capture, CapturedGraph, frame_goes_on, frame_modules
 from lrcompile.graph.inline import inline_regions
-from lrcompile.graph.names import plain_name
-from lrcompile.graph.pipeline import bind_weights, copy_graph, run_passes
+from lrcompile.graph.pipeline import copy_graph, run_passes
 from lrcompile.kernels import launch
 from lrcompile.live import Live
 from lrcompile.passes import KERNELS, PassContext, pass_list
 from lrcompile.recipe import Recipe
-from lrcompile.weights.layers import PairedModule
-from lrcompile.weights.plan import Entry
-from lrcompile.weights.planner import check_globs, entry_of
-from lrcompile.weights.replace import (
-    Change,
-    Pair,
-    carry_out,
-    factored,
-    left_dense,
-    refuse,
-    settle,
-    settled,
-    settled_by,
-    tell,
-    warn_of_lists,
-)
+from lrcompile.weights.replace import settled, settled_by
 
 log = logging.getLogger("lrcompile")
 INNER = ("inductor", "aot_eager", "eager")
@@ -126,30 +102,22 @@ def lrcompile(
     """
     settings, recipe = parse_options(options)
     graph = CapturedGraph(gm, list(example_inputs), last=not frame_goes_on())
-    parameters = list(graph.parameters().values())
-    roots = frame_modules()
-    _settle_copies(roots.values())
-    if settings.adopt and any(not settled(p) for p in parameters):
-        names = _names(parameters, roots, recipe)
+    matrices = [p for p in graph.parameters().values() if p.dim() > 1]
+    if settings.adopt and not all(map(settled, matrices)):
+        live = Live.sweep()
+        settle_copies(matrices, live)
         inline_regions(gm)
         untouched = copy_graph(gm)
-        ctx = PassContext(recipe, device=_device(example_inputs).type)
-        bind_weights([graph], names, ctx)
-        decide = [p for p in pass_list(recipe, weights=True, program=False) if p.__name__ != "factorize"]
-        run_passes(Capture([graph], names), decide, ctx)
-        entries = {
-            i: entry_of(ctx.weights[node.meta["lr_weight"]])
-            for i, node in enumerate(graph.placeholders)
-            if node.meta.get("lr_weight") in ctx.weights
-        }
-        if any(e.rank is not None for e in entries.values()):
-            return _AdoptAtRun(untouched, entries, recipe, settings, mode)
-        settle(parameters, recipe.to_dict())
-        if dense := left_dense(entries.values()):
-            log.info(f"adopted no weight of this graph; left dense: {dense}")
-        return compile_program(CapturedGraph(untouched, graph.inputs), settings, recipe, mode)
+        own = {**asdict(settings), "adopt": False}
+
+        def dense(gm: fx.GraphModule) -> Callable[..., Any]:
+            return torch.compile(gm, backend=lambda gm, inputs: lrcompile(gm, inputs, options=own, mode=mode))
+
+        first = AdoptAtRun(untouched, graph, names_of(matrices, frame_modules(), live, recipe), recipe, dense)
+        if first.wanted:
+            return first
     if set(options or {}) - {f.name for f in fields(Settings)}:
-        _warn_of_another_recipe(parameters, recipe)
+        _warn_of_another_recipe(matrices, recipe)
     return compile_program(graph, settings, recipe, mode)
 
 
@@ -167,7 +135,7 @@ def _warn_of_another_recipe(parameters: Sequence[nn.Parameter], recipe: Recipe) 
 
 def compile_program(graph: CapturedGraph, settings: Settings, recipe: Recipe, mode: str | None) -> Callable[..., Any]:
     """Program passes, then the inner compiler."""
-    device = _device(graph.inputs)
+    device = device_of(graph.inputs)
     target = launch.describe(device) if device.type == "cuda" else None
     ctx = PassContext(recipe, device=device.type, target=target, kernels=settings.kernels)
     run_passes(Capture([graph], {}), pass_list(recipe, weights=False), ctx, verify=settings.verify)
@@ -186,111 +154,3 @@ def _inner(gm: fx.GraphModule, inputs: list[Any], settings: Settings, mode: str 
 
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **(settings.inductor or {})}
     return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
-
-
-class _AdoptAtRun:
-    """What the backend returns for an untouched model.
-
-    Dynamo may enter it again with the parameters of another block or model of the same class, so nothing is remembered
-    of the parameters it was compiled with but their places among the arguments.
-    """
-
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        entries: dict[int, Entry],
-        recipe: Recipe,
-        settings: Settings,
-        mode: str | None,
-    ) -> None:
-        self.gm, self.entries, self.recipe, self.settings, self.mode = gm, entries, recipe, settings, mode
-        self.dense: Callable[..., Any] | None = None
-
-    def __call__(self, *args: Any) -> Any:
-        with tracing_lock():  # of several threads at the first call, one adopts
-            pairs = self._adopt(args)
-        if not pairs:  # decided elsewhere to stay dense: an ordinary compiled program
-            if self.dense is None:
-                own = {"inner": self.settings.inner, "inductor": self.settings.inductor, "adopt": False}
-                self.dense = torch.compile(self.gm, backend=lambda g, x: lrcompile(g, x, options=own, mode=self.mode))
-            return self.dense(*args)
-        values = list(args)
-        for i, (a, b) in pairs.items():
-            with torch.autocast(a.device.type, enabled=False):  # the graph may leave autocast before it reads this
-                product = torch.matmul(b, a)
-            values[i] = product.t() if self.entries[i].stored_in_out else product
-        return self.gm.forward(*values)
-
-    def _adopt(self, args: Sequence[Any]) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:
-        """Adopt what is still to be; the place of every weight that is a pair by now -> that pair."""
-        planned = {i: e for i, e in self.entries.items() if e.rank is not None}
-        # Another thread, which was given the same parameters, may have been first.
-        pairs = {i: pair for i in planned if (pair := pair_of_old(args[i])) is not None}
-        todo = {i: e for i, e in planned.items() if i not in pairs and not settled(args[i])}
-        if todo:
-            others = [p for p in args if isinstance(p, nn.Parameter) and id(p) not in {id(args[i]) for i in todo}]
-            made = _adopt_arguments([Change(e, args[i]) for i, e in todo.items()], others, self.entries, self.recipe)
-            pairs |= {i: (pair.a, pair.b) for i, pair in zip(todo, made, strict=True)}
-        return pairs
-
-
-def _adopt_arguments(
-    changes: Sequence[Change], others: Sequence[nn.Parameter], seen: dict[int, Entry], recipe: Recipe
-) -> list[Pair]:
-    """Adopt the weights that a graph was called with; everything is checked before the first is touched."""
-    start = time.perf_counter()
-    if in_recomputed_region():
-        raise AdoptError(
-            "the first call of a compiled function adopts its weights, and can't do so inside torch.utils.checkpoint, "
-            "which will run it again: call lrcompile.adopt(model, recipe, example_inputs) before training, or compile "
-            "the function that calls checkpoint"
-        )
-    live = Live.sweep()
-    refuse(changes, live)
-    tops = {id(top): top for c in changes for top in (live.top(m) for m, _ in live.owners[id(c.weight)])}
-    before = _numbers(tops.values())
-    pairs = carry_out(changes, live, factored(recipe.svd), recipe.to_dict())
-    settle(others, recipe.to_dict())
-    watch([(pair.old, pair.a, pair.b) for pair in pairs], others)
-    tell(list(seen.values()), [p.entry for p in pairs], (before, _numbers(tops.values())), time.perf_counter() - start)
-    warn_of_lists(pairs, live)
-    return pairs
-
-
-def _names(
-    parameters: Sequence[nn.Parameter], roots: dict[str, nn.Module], recipe: Recipe
-) -> dict[int, tuple[str, ...]]:
-    """id(parameter) -> its names: as the compiled frame's module calls it, then as the outermost model does."""
-    live = Live.sweep()
-    names: dict[int, tuple[str, ...]] = {}
-
-    def add(module: nn.Module, prefix: str = "") -> None:
-        for name, p in module.named_parameters(remove_duplicate=False):
-            if (known := prefix + plain_name(name)) not in names.get(id(p), ()):
-                names[id(p)] = (*names.get(id(p), ()), known)
-
-    for variable, root in roots.items():
-        add(root, f"{variable}." if len(roots) > 1 else "")
-    # The frame may hold a module only in something else (a trainer's attribute): then its owners tell.
-    owners = [m for p in parameters for m, _ in live.owners.get(id(p), ())[:1]]
-    tops = {id(top): top for top in map(live.top, [*roots.values(), *owners])}
-    for top in tops.values():
-        add(top, f"{type(top).__name__}." if len(tops) > 1 and not roots else "")
-    check_globs([*roots.values(), *tops.values()], recipe)
-    return names
-
-
-def _settle_copies(roots: Iterable[nn.Module]) -> None:
-    """A copied or unpickled model whose original was adopted: what is dense in it was left so on purpose."""
-    for root in roots:
-        pairs = [(m, name) for m in root.modules() if isinstance(m, PairedModule) for name, _ in m.lr_names]
-        if any(not settled(getattr(m, f"{name}_a")) for m, name in pairs):
-            settle(root.parameters(), {})
-
-
-def _numbers(models: Iterable[nn.Module]) -> int:
-    return sum(p.numel() for p in {id(p): p for m in models for p in m.parameters()}.values())
-
-
-def _device(inputs: Sequence[Any]) -> torch.device:
-    return next((x.device for x in inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))

@@ -75,10 +75,6 @@ def _start(optimizer: torch.optim.Optimizer, old: nn.Parameter, leaves: Sequence
     """Give the leaves the initial state that the old parameter had, in their shapes."""
     old_state = optimizer.state.pop(old, None)
     values = _initial(old_state) if old_state else None
-    if old_state and values is None:
-        log.warning(
-            f"{type(optimizer).__name__} starts anew for a merged weight: its pair's state has no meaning for it"
-        )
     for leaf in leaves if values and old_state else ():
         assert values is not None and old_state is not None
         optimizer.state[leaf] = {
@@ -102,8 +98,8 @@ def follow_merged(
     optimizers: Sequence[torch.optim.Optimizer], pair: tuple[nn.Parameter, nn.Parameter], dense: nn.Parameter
 ) -> None:
     """Hand a merged weight to the optimizers that held its pair; what state they had for that is dropped."""
-    _inherit(pair[0], (dense,), lambda name: [name.removesuffix("_a")], merged=True)
-    _inherit(pair[1], (), lambda name: [], merged=True)
+    for leaf, suffix in zip(pair, ("_a", "_b"), strict=True):
+        _inherit(leaf, (dense,), lambda name, suffix=suffix: [name.removesuffix(suffix)], merged=True)  # type: ignore[misc]
     for optimizer in optimizers:
         _replace(optimizer)
 
@@ -112,7 +108,7 @@ def _inherit(
     old: nn.Parameter, leaves: tuple[nn.Parameter, ...], rename: Callable[[str], list[str]], merged: bool
 ) -> None:
     global _hooked
-    _heirs[id(old)] = _Heirs(weakref.ref(old, functools.partial(_forget, id(old))), leaves, rename, merged)
+    _heirs[id(old)] = _Heirs(weakref.ref(old, functools.partial(_forget, _heirs, id(old))), leaves, rename, merged)
     if not _hooked:
         register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: _replace(optimizer))
         register_optimizer_step_post_hook(_count)
@@ -142,10 +138,10 @@ def pair_of_old(parameter: nn.Parameter) -> tuple[nn.Parameter, nn.Parameter] | 
     return (heirs.leaves[0], heirs.leaves[1]) if heirs is not None and len(heirs.leaves) == 2 else None
 
 
-def _forget(key: int, _: Any) -> None:
-    entry = _heirs.get(key)
+def _forget(heirs: dict[int, _Heirs], key: int, _: Any) -> None:
+    entry = heirs.get(key)
     if entry is not None and entry.old() is None:  # the id may belong to a newer parameter by now
-        del _heirs[key]
+        del heirs[key]
 
 
 def _count(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -159,19 +155,19 @@ def _heirs_of(parameter: nn.Parameter) -> _Heirs | None:
 
 
 def _replace(optimizer: torch.optim.Optimizer) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for group in optimizer.param_groups:
         while any(_heirs_of(p) is not None for p in group["params"]):  # again: what was merged may be adopted anew
-            _replace_in(group, optimizer)
+            _replace_in(group, optimizer, held)
 
 
-def _replace_in(group: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+def _replace_in(group: dict[str, Any], optimizer: torch.optim.Optimizer, held: set[int]) -> None:
     parameters: list[nn.Parameter] = group["params"]
     hits = [(p, heirs) for p in parameters if (heirs := _heirs_of(p)) is not None]
     kept = [p for p, heirs in hits if not heirs.merged]
     refuse_started([optimizer], kept, [f"a replaced weight of shape {tuple(p.shape)}" for p in kept])
     for p, heirs in hits:
         _start(optimizer, p, heirs.leaves)
-    held = {id(p) for p in parameters}
     names = group.get("param_names") or [""] * len(parameters)  # there where it was built from named_parameters()
     new: list[nn.Parameter] = []
     new_names: list[str] = []
@@ -180,6 +176,7 @@ def _replace_in(group: dict[str, Any], optimizer: torch.optim.Optimizer) -> None
         pairs = [(p, name)] if replaced is None else zip(replaced.leaves, replaced.rename(name), strict=True)
         for leaf, leaf_name in pairs:
             if leaf is p or id(leaf) not in held:
+                held.add(id(leaf))
                 new.append(leaf)
                 new_names.append(leaf_name)
     if "param_names" in group:
@@ -214,7 +211,14 @@ class _Watch:
             self._end()
         elif _moved(self.others) or _steps - self.steps >= 3:
             self._end()
-            if self._held():  # its optimizer has just not had its turn: the other half of a GAN, say
+            held = {id(p) for o in Live.sweep().optimizers for g in o.param_groups for p in g["params"]}
+            if held & _alive(self.leaves):  # its optimizer has just not had its turn: the other half of a GAN, say
+                return
+            if held & _alive(self.others):  # it works on the model itself, and was not given these: a head is trained
+                log.warning(
+                    "the low-rank weights get gradients, and no optimizer holds them: requires_grad_(False) on what is "
+                    "not to be trained saves time and memory"
+                )
                 return
             raise AdoptError(
                 "three optimizer steps have passed and none of the low-rank weights moved: the optimizer works on "
@@ -222,14 +226,13 @@ class _Watch:
                 "optimizer, or model.requires_grad_(False) on what is not to be trained"
             )
 
-    def _held(self) -> bool:
-        leaves = {id(p) for ref, _ in self.leaves if (p := ref()) is not None}
-        groups = (g for optimizer in Live.sweep().optimizers for g in optimizer.param_groups)
-        return any(id(p) in leaves for g in groups for p in g["params"])
-
     def _end(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def _alive(watched: list[tuple[weakref.ref[nn.Parameter], tuple[int, list[float]]]]) -> set[int]:
+    return {id(p) for ref, _ in watched if (p := ref()) is not None}
 
 
 def _state(p: torch.Tensor) -> tuple[int, list[float]]:

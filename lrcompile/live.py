@@ -23,7 +23,7 @@ class Live:
 
     Attributes:
         owners: id(parameter) -> the modules that have it, with its name there.
-        parents: id(module) -> the modules that it is a child of.
+        parents: id(module) -> the modules that it is a child of; torch.compile's shells are seen through.
         optimizers: all of them.
     """
 
@@ -32,10 +32,13 @@ class Live:
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
 
     @classmethod
-    def sweep(cls) -> Live:
+    def sweep(cls, *known: nn.Module) -> Live:
+        """Look at every live object; `known` models are found even where gc.freeze() hides them."""
         found = cls()
+        shells: list[nn.Module] = []
+        hidden = [m for model in known for m in model.modules()] if gc.get_freeze_count() else []
         interesting: dict[type, type | None] = {}
-        for item in gc.get_objects():
+        for item in (*gc.get_objects(), *hidden):
             kind = type(item)
             base = interesting.get(kind, kind)
             if base is kind:  # first seen
@@ -51,10 +54,15 @@ class Live:
             for name, p in held.get("_parameters", {}).items():
                 if p is not None:
                     found.owners.setdefault(id(p), []).append((item, name))
-            if kind.__name__ != "OptimizedModule":  # torch.compile's shell is no part of the model
-                for child in held.get("_modules", {}).values():
-                    if child is not None:
-                        found.parents.setdefault(id(child), []).append(item)
+            if kind.__name__ == "OptimizedModule":  # torch.compile's shell, no part of the model
+                shells.append(item)
+                continue
+            for child in held.get("_modules", {}).values():
+                if child is not None:
+                    found.parents.setdefault(id(child), []).append(item)
+        for shell in shells:
+            inner = shell._modules["_orig_mod"]
+            found.parents.setdefault(id(inner), []).extend(found.parents.get(id(shell), []))
         return found
 
     def wrapper_of(self, module: nn.Module) -> str | None:

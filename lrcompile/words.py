@@ -73,5 +73,6 @@ def fold_lines(lines: Iterable[str]) -> list[str]:
     for what, sites in by_change.items():
         folded = fold(sites)
         where = ", ".join(folded[:4]) + (f" and {len(folded) - 4} more" if len(folded) > 4 else "")
-        out.append(f"{len(sites)} × {what}: {where}" if what else where)
+        times = f"{len(sites)} × " if len(sites) > 1 else ""
+        out.append(f"{times}{what}: {where}" if what else where)
     return out

@@ -82,7 +82,7 @@ def _list_weights(gm: fx.GraphModule, ctx: PassContext, result: PassResult) -> N
         if products:
             weight.stored_in_out = products[0].chain.transposed
             weight.tokens += sum(rows_of(site.x) for site in products)
-        if downstream is not None and any(_looks_like_head(site, downstream) for site in products):
+        if downstream is not None and any(_looks_like_head(site, weight.names, downstream) for site in products):
             weight.head = True
     for leaf, names in _writers(gm).items():
         weight = ctx.weights[leaf.meta["lr_weight"]]
@@ -175,14 +175,12 @@ def _reaches_a_site(gm: fx.GraphModule, used: dict[fx.Node, list[Site]]) -> set[
     return reaching
 
 
-def _looks_like_head(site: Site, downstream: set[fx.Node]) -> bool:
+def _looks_like_head(site: Site, names: tuple[str, ...], downstream: set[fx.Node]) -> bool:
     """A last product, outside the repeated blocks, whose result is not added to a residual stream."""
     if site.scope.parent is not None or site.node in downstream:
         return False
-    leaf = site.leaf
-    path = str(leaf.meta["lr_weight"]).split(".")[:-1] if leaf is not None else []
-    if any(part.isdigit() for part in path[:-1]):
-        return False  # inside blocks.11.…
+    if any(part.isdigit() for name in names for part in name.split(".")[:-2]):
+        return False  # inside blocks.11.…, however the compiled part of the model calls it
     width = value(site.node).shape[-1]
     seen, queue = set(), [site.node]
     while queue:

@@ -239,7 +239,8 @@ def is_parameter(scope: Scope, node: fx.Node) -> bool:
 def pair_product(scope: Scope, node: fx.Node) -> bool:
     """Whether a node is weight_b @ weight_a of two parameters: what an adopted module's `weight` reads."""
     is_matmul = node.op == "call_function" and node.target is torch.matmul and len(node.args) == 2
-    return is_matmul and all(isinstance(a, fx.Node) and is_parameter(scope, a) for a in node.args)
+    matrices = is_matmul and all(isinstance(a, fx.Node) and is_parameter(scope, a) for a in node.args)
+    return matrices and all(value(a).dim() == 2 for a in node.args)
 
 
 def pair_of(site: Site) -> int | None:

@@ -238,7 +238,7 @@ def test_one_line_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         "98,304 ->",
         "all parameters 106,098 ->",
         "mean relative weight error",
-        " s; left dense: 1 × an output head: head",
+        " s; left dense: an output head: head",
     ):
         assert part in line
 

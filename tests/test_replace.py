@@ -248,3 +248,141 @@ def test_regions_compiled_once_for_many_layers() -> None:
     losses = train(run, optimizer, 8, ids)
     assert pairs(model) == 6 and losses[-1] < losses[0]
     torch.testing.assert_close(run(ids), model(ids))
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+def test_merge_reaches_owners_outside_the_model() -> None:
+    model = Model()
+    other = nn.ModuleDict({"tied": nn.Linear(64, 256), "own": nn.Linear(64, 64)})
+    other["tied"].weight = model.blocks[0].up.weight
+    lrcompile.adopt(other["own"], Recipe(rank=4, include=["weight"]), (torch.randn(2, 64),))
+    optimizer = torch.optim.SGD([*model.parameters(), *other["tied"].parameters()][:-2], lr=0.5)
+    lrcompile.adopt(model, Recipe(rank=4), (batch(),))
+    lrcompile.merge(model)
+    assert type(other["tied"]) is nn.Linear and other["tied"].weight is model.blocks[0].up.weight
+    assert type(other["own"]).__name__ == "LowRankLinear", "not part of what was merged"
+    assert id(other["tied"].weight) in [id(p) for p in optimizer.param_groups[0]["params"]]
+
+
+def test_merge_unsettles_and_keeps_training_what_one_side_trained() -> None:
+    model = Model()
+    lrcompile.adopt(model, Recipe(rank=4, include=["blocks.0"]), (batch(),))
+    model.blocks[0].up.weight_a.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    lrcompile.merge(model)
+    assert model.blocks[0].up.weight.requires_grad
+    check_followed(model, optimizer)
+    torch.compile(model, backend="lrcompile", options={"rank": 4, **EAGER})(batch())
+    assert pairs(model) == 6, "what the merged Plan had left dense is decided anew"
+
+
+# --- odd owners -------------------------------------------------------------------------------------------------------
+
+
+def test_a_class_that_refuses_subclasses_is_named_before_anything_is_touched() -> None:
+    class Registered(nn.Module):
+        def __init_subclass__(cls, *, name: str, **rest: object) -> None:
+            super().__init_subclass__(**rest)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(32, 48)
+            self.w = nn.Parameter(torch.randn(48, 32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.first(x) @ self.w
+
+    model = Registered()
+    with pytest.raises(AdoptError, match=r"w: its Registered can't be subclassed \(TypeError.*exclude=\['w'\]"):
+        lrcompile.adopt(model, Recipe(rank=4), (torch.randn(2, 32),))
+    assert pairs(model) == 0
+
+
+def test_a_module_that_locks_its_attributes_is_adopted() -> None:
+    class Locked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(32, 32))
+            self.__dict__["locked"] = True
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if self.__dict__.get("locked"):
+                raise AttributeError("locked")
+            super().__setattr__(name, value)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + (x @ self.w).relu()
+
+    model = lrcompile.adopt(Locked(), Recipe(rank=4), (torch.randn(2, 32),))
+    assert model.w_a.shape == (4, 32)
+    lrcompile.merge(model)
+    assert type(model) is Locked
+
+
+def test_a_slice_of_a_parameter_list() -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ws = nn.ParameterList(nn.Parameter(torch.randn(32, 32) / 6) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for w in self.ws[1:]:
+                x = x + (x @ w).relu()
+            return x
+
+    model, x = Chain(), torch.randn(4, 32)
+    run = torch.compile(model, backend="lrcompile", options={"rank": 4, **EAGER})
+    run(x).sum().backward()
+    run(x).sum().backward()
+    torch.testing.assert_close(run(x), model(x))
+    for p in model.parameters():
+        assert p.grad is not None or p is model.ws[0]
+
+
+def test_a_weight_read_without_gradients_gives_them_where_it_is_used() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                w = self.fc.weight
+            return x + torch.nn.functional.linear(x, w).relu()
+
+    model, x = Scaled(), torch.randn(3, 32)
+    run = torch.compile(model, backend="lrcompile", options={"rank": 4, **AOT})
+    run(x)
+    found = torch.autograd.grad(run(x).sum(), list(model.fc.parameters())[:2])
+    wanted = torch.autograd.grad(model(x).sum(), list(model.fc.parameters())[:2])
+    torch.testing.assert_close(found, wanted)
+    assert all(g.norm() > 0 for g in wanted)
+
+
+def test_training_only_a_head_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    model = Model()
+    optimizer = torch.optim.Adam(model.head.parameters(), 1e-2)
+    run = torch.compile(model, backend="lrcompile", options=EAGER)
+    train(run, optimizer, 6, batch())
+    assert any("get gradients, and no optimizer holds them" in said for said in warned(caplog))
+
+
+def test_a_state_averaged_or_converted_loads() -> None:
+    model = lrcompile.adopt(Model(), Recipe(rank=4), (batch(),))
+    state = model.state_dict()
+    model.load_state_dict({k: 0.5 * v + 0.5 * v for k, v in state.items()})
+    model.load_state_dict({k: v.half() for k, v in state.items()})
+    with pytest.raises(lrcompile.StateError, match="_extra_state"):
+        model.load_state_dict({k: v * 0.3 for k, v in state.items()})
+
+
+def test_objects_hidden_by_gc_freeze() -> None:
+    model = Model()
+    gc.freeze()
+    try:
+        lrcompile.adopt(model, Recipe(rank=4), (batch(),))
+    finally:
+        gc.unfreeze()
+    assert pairs(model) == 6

@@ -29,6 +29,7 @@ from lrcompile.weights.replace import (
     refuse,
     settle,
     tell,
+    unsettle,
     warn_of_lists,
 )
 
@@ -95,7 +96,7 @@ def _changes(model: nn.Module, the_plan: Plan) -> list[Change]:
 def _install(
     model: nn.Module, changes: Sequence[Change], factor: Factor, computes: bool, recipe: dict[str, Any]
 ) -> list[Pair]:
-    live = Live.sweep()
+    live = Live.sweep(model)
     refuse(changes, live, computes=computes)
     pairs = carry_out(changes, live, factor, recipe)
     settle(model.parameters(), recipe)
@@ -218,5 +219,6 @@ def merge(model: M) -> M:
     for full, p in model.named_parameters():
         if _is_sharded(p):
             raise AdoptError(f"{full} is a DTensor (sharded); load its full state into an unsharded model, merge that")
-    dissolve(adopted, Live.sweep())
+    dissolve(adopted, Live.sweep(model))
+    unsettle(model.parameters())
     return model

@@ -39,6 +39,11 @@ class PairedModule:
     lr_names: tuple[tuple[str, bool], ...]
     lr_pairs: dict[str, dict[str, Any]]
 
+    @property
+    def lr_leaves(self) -> list[str]:
+        """Names of the parameters that are sides of pairs."""
+        return [name + side for name, _ in self.lr_names for side in ("_a", "_b")]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle finds classes by name, and this one is made on the fly: make it again.
         state = self.__getstate__() if hasattr(self, "__getstate__") else dict(self.__dict__)
@@ -125,8 +130,9 @@ def read_extra_state(state: Any) -> dict[str, dict[str, Any]] | None:
     """The pairs told by a module's extra state; None where it is not ours."""
     if isinstance(state, dict):
         state = state.get("lrcompile")
-    if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8 or state.dim() != 1 or state.is_meta:
+    if not isinstance(state, torch.Tensor) or state.dim() != 1 or state.is_meta:
         return None
+    state = state.to(torch.uint8)  # averaged or converted along with the weights: any dtype holds ASCII
     try:
         content = json.loads(bytes(state.cpu().tolist()).decode())
     except ValueError:
@@ -155,7 +161,10 @@ def _product(name: str, stored_in_out: bool) -> property:
 
     def read(self: Any) -> torch.Tensor:
         left, right = getattr(self, b), getattr(self, a)
-        product = torch.matmul(left, right)
+        # A parameter read under no_grad gives gradients where it is used later; so must what stands for one.
+        lent = (left.requires_grad or right.requires_grad) and not torch.is_grad_enabled()
+        with torch.enable_grad() if lent and not torch.is_inference_mode_enabled() else nullcontext():
+            product = torch.matmul(left, right)
         if product.dtype != left.dtype:  # under autocast: model code asks for the dtype that is stored
             product = product.to(left.dtype)
         if not torch.compiler.is_compiling() and not product.is_inference():
@@ -191,11 +200,20 @@ _THIN_FORWARDS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
+def _list_item(self: Any, index: int | slice) -> Any:
+    """A slice of a ParameterList as a plain list: as a ParameterList it would hold the products as new parameters."""
+    if isinstance(index, slice):
+        return [self[i] for i in range(*index.indices(len(self)))]
+    return self.lr_base.__getitem__(self, index)
+
+
 @functools.cache
 def paired_class(base: type[nn.Module], names: tuple[tuple[str, bool], ...]) -> type[nn.Module]:
     """The subclass of `base` whose parameters `names` are pairs; the same class for the same arguments."""
     members: dict[str, Any] = {"lr_base": base, "lr_names": names, "__module__": base.__module__}
     members |= {name: _product(name, stored) for name, stored in names}
+    if issubclass(base, nn.ParameterList):
+        members["__getitem__"] = _list_item
     thin = _THIN_FORWARDS.get(f"{base.forward.__module__}.{base.forward.__qualname__}")
     if thin is not None and [name for name, _ in names] == ["weight"]:
         members["forward"] = thin
@@ -220,14 +238,16 @@ def install_pair(
     replaced: dict[str, nn.Parameter | None] = {}
     for key, parameter in module._parameters.items():
         replaced |= {f"{name}_a": a, f"{name}_b": b} if key == name else {key: parameter}
+    made = paired_class(base, (*names, (name, stored_in_out)))  # type: ignore[arg-type]
     module._parameters.clear()
     module._parameters.update(replaced)
-    module.lr_pairs = {**pairs, name: told}  # type: ignore[assignment]
-    module.__class__ = paired_class(base, (*names, (name, stored_in_out)))  # type: ignore[arg-type]
+    # Past the module's own __setattr__, which may refuse.
+    module.__dict__["lr_pairs"] = {**pairs, name: told}
+    object.__setattr__(module, "__class__", made)
 
 
 def remove_pairs(module: nn.Module, dense: dict[str, nn.Parameter]) -> None:
-    """The inverse of install_pair, for all the pairs of a module at once: `dense` maps names to new parameters."""
+    """The inverse of install_pair, for several pairs of a module at once: `dense` maps names to new parameters."""
     assert isinstance(module, PairedModule)
     replaced: dict[str, nn.Parameter | None] = {}
     for key, parameter in module._parameters.items():
@@ -238,5 +258,8 @@ def remove_pairs(module: nn.Module, dense: dict[str, nn.Parameter]) -> None:
             replaced[key] = parameter
     module._parameters.clear()
     module._parameters.update(replaced)
-    del module.__dict__["lr_pairs"]
-    module.__class__ = module.lr_base  # type: ignore[assignment]
+    left = tuple(pair for pair in module.lr_names if pair[0] not in dense)
+    told = module.__dict__.pop("lr_pairs")
+    if left:
+        module.__dict__["lr_pairs"] = {name: told[name] for name, _ in left}
+    object.__setattr__(module, "__class__", paired_class(module.lr_base, left) if left else module.lr_base)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from lrcompile.errors import AdoptError
 from lrcompile.follow import follow_merged, follow_pair, is_watch, refuse_started
 from lrcompile.live import Live
 from lrcompile.weights.factor import check_finite, svd_pair
-from lrcompile.weights.layers import PairedModule, dense_weight, install_pair, plainly, remove_pairs
+from lrcompile.weights.layers import PairedModule, dense_weight, install_pair, paired_class, plainly, remove_pairs
 from lrcompile.weights.plan import Entry
 from lrcompile.words import fold_lines
 
@@ -48,13 +48,19 @@ def settled_by(parameter: nn.Parameter) -> dict[str, Any] | None:
 def settle(parameters: Iterable[nn.Parameter], recipe: dict[str, Any]) -> None:
     """Remember that a Plan has decided about these."""
     for p in parameters:
-        _settled[id(p)] = (weakref.ref(p, functools.partial(_forget, id(p))), recipe)
+        _settled[id(p)] = (weakref.ref(p, functools.partial(_forget, _settled, id(p))), recipe)
 
 
-def _forget(key: int, _: Any) -> None:
-    mark = _settled.get(key)
+def unsettle(parameters: Iterable[nn.Parameter]) -> None:
+    """Forget it: they may be planned anew."""
+    for p in parameters:
+        _settled.pop(id(p), None)
+
+
+def _forget(marks: dict[int, Any], key: int, _: Any) -> None:
+    mark = marks.get(key)
     if mark is not None and mark[0]() is None:  # the id may belong to a newer parameter by now
-        del _settled[key]
+        del marks[key]
 
 
 # --- weights to pairs -------------------------------------------------------------------------------------------------
@@ -101,6 +107,7 @@ def refuse(changes: Sequence[Change], live: Live, *, computes: bool = True) -> N
             if wrapper is not None:
                 raise AdoptError(f"{key} is in the hands of {wrapper} already: {fix} wrapping the model")
             _refuse_taken(module, name, key)
+            _refuse_class(module, name, change.entry)
         hooks = [*(weight._backward_hooks or {}).values(), *_after_hooks(weight)]
         if any(not is_watch(hook) for hook in hooks):
             raise AdoptError(
@@ -121,6 +128,18 @@ def _refuse_taken(module: nn.Module, name: str, key: str) -> None:
         if hasattr(module, leaf):
             kind = type(module).__name__
             raise AdoptError(f"{key}: its {kind} has a {leaf} of its own; leave it out with exclude=[{key!r}]")
+
+
+def _refuse_class(module: nn.Module, name: str, entry: Entry) -> None:
+    """The subclass that the module will be of is made now: a base with rules for its subclasses may refuse."""
+    base, names = (module.lr_base, module.lr_names) if isinstance(module, PairedModule) else (type(module), ())
+    try:
+        paired_class(base, (*names, (name, entry.stored_in_out)))  # type: ignore[arg-type]
+    except Exception as error:
+        raise AdoptError(
+            f"{entry.key}: its {type(module).__name__} can't be subclassed ({type(error).__name__}: {error}); leave it "
+            f"out with exclude=[{entry.key!r}]"
+        ) from error
 
 
 def carry_out(changes: Sequence[Change], live: Live, factor: Factor, recipe: dict[str, Any]) -> list[Pair]:
@@ -196,8 +215,9 @@ def tell(seen: Sequence[Entry], pairs: Sequence[Entry], parameters: tuple[int, i
 
 
 def left_dense(seen: Iterable[Entry]) -> str:
-    """The linear weights that stay dense, those of one reason together, and why."""
-    return "; ".join(fold_lines(f"{e.key}: {e.reason}" for e in seen if e.tokens and e.rank is None))
+    """The weights that stay dense, those of one reason together, and why; plain embeddings aside."""
+    dense = (e for e in seen if e.rank is None and e.reason != "an embedding")
+    return "; ".join(fold_lines(f"{e.key}: {e.reason}" for e in dense))
 
 
 def warn_of_lists(pairs: Sequence[Pair], live: Live) -> None:
@@ -215,15 +235,23 @@ def warn_of_lists(pairs: Sequence[Pair], live: Live) -> None:
 
 
 def dissolve(modules: Sequence[PairedModule], live: Live) -> None:
-    """Turn every pair of these modules into the dense weight that it reads as, once where it is shared."""
-    made: dict[int, nn.Parameter] = {}
-    for module in modules:
-        dense = {}
-        for name, _ in module.lr_names:
-            a, b = (getattr(module, f"{name}{side}") for side in ("_a", "_b"))
-            if id(a) not in made:
-                made[id(a)] = nn.Parameter(dense_weight(module, name), requires_grad=a.requires_grad)  # type: ignore[arg-type]
-                made[id(a)].__dict__.update(a.__dict__)
-                follow_merged(live.optimizers, (a, b), made[id(a)])
-            dense[name] = made[id(a)]
-        remove_pairs(module, dense)  # type: ignore[arg-type]
+    """Turn every pair of these modules into the dense weight that it reads as, in all modules that share it."""
+    pairs = {
+        (id(a), id(b)): (a, b, module, name)
+        for module in modules
+        for name, _ in module.lr_names
+        for a, b in [(getattr(module, f"{name}_a"), getattr(module, f"{name}_b"))]
+    }
+    for optimizer in live.optimizers:
+        if any(leaf in optimizer.state and optimizer.state[leaf] for a, b, *_ in pairs.values() for leaf in (a, b)):
+            log.warning(
+                f"{type(optimizer).__name__} starts anew for the merged weights: its state for the pairs is dropped"
+            )
+    for a, b, module, name in pairs.values():
+        trained = a.requires_grad or b.requires_grad
+        dense = nn.Parameter(dense_weight(module, name), requires_grad=trained)  # type: ignore[arg-type]
+        dense.__dict__.update(a.__dict__)
+        for owner, leaf in list(live.owners[id(a)]):
+            if isinstance(owner, PairedModule) and leaf in owner._parameters:
+                remove_pairs(owner, {leaf.removesuffix("_a"): dense})
+        follow_merged(live.optimizers, (a, b), dense)
