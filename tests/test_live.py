@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lrcompile
+from lrcompile.weights.layers import PairedModule
 
 from .helpers_train import BLOCKS, EAGER, WIDTH, Model, batch, pairs, train
 

@@ -58,6 +58,11 @@ class PairedModule:
 
     def set_extra_state(self, state: Any) -> None:
         pairs = read_extra_state(state)
+        if pairs is None and isinstance(state.get("lrcompile") if isinstance(state, dict) else state, torch.Tensor):
+            raise StateError(
+                f"what the state says of the pair in this {type(self).__name__} can't be read: its _extra_state was "
+                "scaled or cut; keep the `_extra_state` entries of a state as they are"
+            )
         ranks = {name: pair["rank"] for name, pair in (pairs or {}).items()}
         if pairs is None or ranks != {name: pair["rank"] for name, pair in self.lr_pairs.items()}:
             own = {name: pair["rank"] for name, pair in self.lr_pairs.items()}
@@ -153,7 +158,7 @@ def dense_weight(module: nn.Module, name: str) -> torch.Tensor:
     """The product that `module.name` reads, in the layout and dtype it was stored in: contiguous, no gradient."""
     with plainly(getattr(module, f"{name}_a")):
         product: torch.Tensor = getattr(module, name)
-        return product.contiguous()
+        return product.detach().contiguous()
 
 
 def _product(name: str, stored_in_out: bool) -> property:
