@@ -7,7 +7,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
@@ -47,16 +47,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def describe(device: torch.device) -> cost.Device | None:
+    """The table's entry for a CUDA or ROCm device; None where our Triton kernels don't run."""
+    if device.type != "cuda" or not _has_triton():
+        return None
+    return _describe(torch.cuda.current_device() if device.index is None else device.index)
+
+
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def usable(device: torch.device) -> bool:
-    """Whether our Triton kernels run on tensors of this device."""
-    if not _has_triton():
-        return False
-    return interpreted() if device.type == "cpu" else device.type == "cuda" and describe(device) is not None
 
 
 @functools.cache
@@ -67,11 +67,6 @@ def _describe(index: int) -> cost.Device | None:
     else:
         arch = f"sm_{properties.major}{properties.minor}"
     return cost.find_device(properties.name, arch)
-
-
-def describe(device: torch.device) -> cost.Device | None:
-    """The table's entry for a CUDA or ROCm device; None where our kernels don't run."""
-    return _describe(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -142,7 +137,7 @@ def force(**variants: str) -> Iterator[None]:
     """Make ops use one implementation whatever the cost model says: `force(lowrank_linear="gemms")`.
 
     Global, since autograd runs backward in threads of its own. An implementation that can't take the operands raises
-    KernelError when the op runs.
+    KernelError when the operator runs.
     """
     before = dict(_forced)
     _forced.update(variants)
@@ -153,13 +148,29 @@ def force(**variants: str) -> Iterator[None]:
         _forced.update(before)
 
 
-def forced(op: str) -> str | None:
-    """The implementation asked for by `force`."""
-    return _forced.get(op)
+def pick(op: str, x: Tensor, device: cost.Device | None, predict: Callable[[cost.Device], cost.Choice]) -> str:
+    """The implementation that an operator runs: the forced one, or the cost model's; "gemms" where ours can't run.
+
+    Args:
+        op: name that `force` knows.
+        x: an operand; "gemms" serves it where it is empty or fp64.
+        device: what describe(x.device) gives.
+        predict: the cost model.
+
+    Raises:
+        KernelError: our kernel was forced and there is no GPU, or no Triton, to run it.
+    """
+    variant = _forced.get(op)
+    if variant is not None and variant != "gemms" and device is None:
+        raise KernelError(f"{op}: the {variant!r} implementation needs Triton and a known GPU, not {x.device}")
+    if variant is not None:
+        return variant
+    ours = device is not None and x.numel() > 0 and x.dtype != torch.float64
+    return predict(device).variant if ours and device is not None else "gemms"
 
 
-def need(tile: Tile | None, op: str, variant: str, why: str) -> Tile:
-    """The tile, or the error for an implementation that was forced on what it can't take."""
+def need(tile: Tile | None, op: str, variant: str) -> Tile:
+    """The tile, or the error for an implementation that was forced on what it isn't shipped for."""
     if tile is None:
-        raise KernelError(f"{op}: the {variant!r} implementation can't take {why}; force another one, or none")
+        raise KernelError(f"{op}: the {variant!r} implementation is not for operands of these sizes and this dtype")
     return tile

@@ -9,6 +9,7 @@ The Triton code is in lowrank_linear_triton.py, imported where it is first launc
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lrcompile.cost import Choice, Cost, Device, choose, total
+from lrcompile.cost import Choice, Cost, Device, choose, library_product, total
 from lrcompile.errors import KernelError
 from lrcompile.kernels import launch
 from lrcompile.kernels.launch import Tile, padded, rows, tuned
@@ -64,16 +65,17 @@ class Shape:
     bias: bool = False
 
 
-def forward_tile(variant: str, shape: Shape, dtype: torch.dtype, device: Device) -> Tile | None:
+def forward_tile(variant: str, shape: Shape, precision: str, device: Device) -> Tile | None:
     """The shipped tile of "fused" or "narrow"; None where that kernel is not for this shape."""
     sizes = {"tokens": shape.tokens} if variant == "narrow" else {"rank": shape.rank}
-    return tuned(FAMILY, variant, device.arch, launch.precision(dtype), **sizes)
+    return tuned(FAMILY, variant, device.arch, precision, **sizes)
 
 
-def fused_splits(shape: Shape, tile: Tile, device: Device) -> int:
-    """Programs for each block of rows: enough to give every multiprocessor one, as far as there are columns."""
-    blocks = max(1, math.ceil(shape.tokens / tile.block_m))
-    return max(1, min(device.multiprocessors // blocks, math.ceil(shape.out_features / tile.block_n)))
+def fused_splits(shape: Shape, size: int, tile: Tile, precision: str, device: Device) -> int:
+    """Programs that share a block of rows: more of them keep more multiprocessors busy, and each computes x·Aᵀ anew."""
+    most = min(32, math.ceil(shape.out_features / tile.block_n))
+    options = [1 << i for i in range(most.bit_length())]
+    return min(options, key=lambda splits: _fused_cost(shape, size, tile, splits).seconds(device, precision))
 
 
 def narrow_splits(shape: Shape, tile: Tile, device: Device) -> int:
@@ -83,36 +85,45 @@ def narrow_splits(shape: Shape, tile: Tile, device: Device) -> int:
     return max(1, min(wanted, shape.in_features // (4 * tile.block_k), 4))
 
 
-def predict_forward(shape: Shape, dtype: torch.dtype, device: Device) -> Choice:
-    """Which implementation computes y, and the predicted seconds."""
-    m, k, n, rank, size = shape.tokens, shape.in_features, shape.out_features, shape.rank, dtype.itemsize
-    rate = launch.precision(dtype)
-    # Small intermediates are read back from the cache; large ones went to memory.
-    h = m * rank * size
-    far = h if h > device.l2_bytes / 2 else 0
-    gemms = [
-        Cost(2 * m * k * rank, (m * k + rank * k) * size + far, library=True),
-        Cost(2 * m * rank * n, (n * rank + m * n) * size + far, library=True),
-    ]
-    predicted = {"gemms": total(gemms, device, rate)}
+def _fused_cost(shape: Shape, size: int, tile: Tile, splits: int) -> Cost:
+    m, k, n, rank = shape.tokens, shape.in_features, shape.out_features, shape.rank
+    blocks = math.ceil(m / tile.block_m)
+    done = blocks * tile.block_m * padded(rank)  # tiles are computed whole
+    again = blocks * rank * (splits * k + n) * size + (splits - 1) * m * k * size
     least = (m * k + m * n + rank * (k + n)) * size
-    tile = forward_tile("fused", shape, dtype, device)
+    steps = math.ceil(k / tile.block_k) + math.ceil(n / (tile.block_n * splits))
+    return Cost(2 * done * (splits * k + n), least, again, programs=blocks * splits, steps=steps)
+
+
+def predict_forward(shape: Shape, dtype: torch.dtype, device: Device) -> Choice:
+    """Which of "fused", "narrow" and "gemms" computes y, and the predicted seconds."""
+    return _predict_forward(shape, dtype.itemsize, launch.precision(dtype), device)
+
+
+@functools.cache
+def _predict_forward(shape: Shape, size: int, precision: str, device: Device) -> Choice:
+    m, k, n, rank = shape.tokens, shape.in_features, shape.out_features, shape.rank
+    # A small intermediate is read back from the cache; a large one went to memory.
+    far = m * rank * size if m * rank * size > device.l2_bytes / 2 else 0
+    gemms = [
+        library_product(m, rank, k, (m * k + rank * k) * size + far, device),
+        library_product(m, n, rank, (n * rank + m * n) * size + far, device),
+    ]
+    predicted = {"gemms": total(gemms, device, precision)}
+    tile = forward_tile("fused", shape, precision, device)
     if tile is not None:
-        splits = fused_splits(shape, tile, device)
-        blocks = math.ceil(m / tile.block_m)
-        done = blocks * tile.block_m * padded(rank)  # tiles are computed whole
-        again = blocks * rank * (splits * k + n) * size + (splits - 1) * m * k * size
-        cost = Cost(2 * done * (splits * k + n), least, again, programs=blocks * splits)
-        predicted["fused"] = cost.seconds(device, rate)
-    tile = forward_tile("narrow", shape, dtype, device)
+        splits = fused_splits(shape, size, tile, precision, device)
+        predicted["fused"] = _fused_cost(shape, size, tile, splits).seconds(device, precision)
+    tile = forward_tile("narrow", shape, precision, device)
     if tile is not None:
         parts = narrow_splits(shape, tile, device)
         first, second = math.ceil(rank / tile.block_n), math.ceil(n / tile.block_n)
+        flops, turns = 2 * tile.block_m * rank, (math.ceil(k / (tile.block_k * parts)), math.ceil(rank / tile.block_k))
         narrow = [
-            Cost(2 * tile.block_m * k * rank, rank * k * size, first * m * k * size, programs=first * parts),
-            Cost(2 * tile.block_m * n * rank, n * rank * size, second * parts * m * rank * 4, programs=second),
+            Cost(flops * k, rank * k * size, first * m * k * size, programs=first * parts, steps=turns[0]),
+            Cost(flops * n, n * rank * size, second * parts * m * rank * 4, programs=second, steps=turns[1]),
         ]
-        predicted["narrow"] = total(narrow, device, rate)
+        predicted["narrow"] = total(narrow, device, precision)
     return choose(predicted)
 
 
@@ -134,28 +145,22 @@ def check(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
 
 
 def _forward(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """The operator on real tensors; on a device without our kernels always `gemms`."""
     check(x, a, b, bias)
-    flat = rows(x)
+    flat, device = rows(x), launch.describe(x.device)
     shape = Shape(flat.shape[0], a.shape[1], b.shape[0], a.shape[0], bias is not None)
-    device = launch.describe(x.device) if x.is_cuda and launch.usable(x.device) else None
-    variant = launch.forced(FAMILY)
-    if variant is None:
-        ours = device is not None and flat.numel() > 0 and x.dtype != torch.float64
-        variant = predict_forward(shape, x.dtype, device).variant if ours and device else "gemms"
-    if variant == "gemms":
-        y = reference(flat, a, b, bias)
-    else:
-        if device is None:
-            raise KernelError(f"lowrank_linear: {variant!r} needs Triton and a GPU, x is on {x.device}")
-        from lrcompile.kernels import lowrank_linear_triton as kernels
+    variant = launch.pick(FAMILY, flat, device, functools.partial(predict_forward, shape, x.dtype))
+    if variant == "gemms" or device is None:
+        return reference(flat, a, b, bias).view(*x.shape[:-1], b.shape[0])
+    from lrcompile.kernels import lowrank_linear_triton as kernels
 
-        tile = launch.need(forward_tile(variant, shape, x.dtype, device), FAMILY, variant, f"{shape}, {x.dtype}")
-        a, b = a.contiguous(), b.contiguous()
-        if variant == "fused":
-            y = kernels.fused(flat, a, b, bias, tile, fused_splits(shape, tile, device))
-        else:
-            y = kernels.narrow(flat, a, b, bias, tile, narrow_splits(shape, tile, device))
+    precision = launch.precision(x.dtype)
+    tile = launch.need(forward_tile(variant, shape, precision, device), FAMILY, variant)
+    a, b = a.contiguous(), b.contiguous()
+    if variant == "fused":
+        splits = fused_splits(shape, x.dtype.itemsize, tile, precision, device)
+        y = kernels.fused(flat, a, b, bias, tile, splits)
+    else:
+        y = kernels.narrow(flat, a, b, bias, tile, narrow_splits(shape, tile, device))
     return y.view(*x.shape[:-1], b.shape[0])
 
 
@@ -164,49 +169,60 @@ def _forward_fake(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tenso
     return x.new_empty((*x.shape[:-1], b.shape[0]))
 
 
+def backward_tile(shape: Shape, precision: str, device: Device) -> Tile | None:
+    """The shipped tile of "shared"; None where that kernel is not for this shape."""
+    return tuned(FAMILY, "shared", device.arch, precision, rank=shape.rank)
+
+
 def predict_backward(
-    shape: Shape, dtype: torch.dtype, device: Device, needed: tuple[bool, ...] = (True,) * 4
+    shape: Shape, dtype: torch.dtype, device: Device, needed: tuple[bool, bool, bool, bool] = (True,) * 4
 ) -> Choice:
-    """Which implementation computes the gradients asked for, and the predicted seconds.
+    """Which of "shared" and "gemms" computes the gradients asked for, and the predicted seconds.
 
     Args:
         shape, dtype, device: of the forward.
         needed: whether x, weight_a, weight_b and the bias want theirs.
 
     Returns:
-        "gemms" or "shared". `Choice.gemms` is what Inductor does: x @ weight_aᵀ was saved and is read, not computed.
+        Its `gemms` is what Inductor does: x @ weight_aᵀ was saved and is read there, where we compute it again.
     """
-    m, k, n, rank, size = shape.tokens, shape.in_features, shape.out_features, shape.rank, dtype.itemsize
-    rate = launch.precision(dtype)
+    return _predict_backward(shape, dtype.itemsize, launch.precision(dtype), device, needed)
+
+
+@functools.cache
+def _predict_backward(
+    shape: Shape, size: int, precision: str, device: Device, needed: tuple[bool, bool, bool, bool]
+) -> Choice:
+    m, k, n, rank = shape.tokens, shape.in_features, shape.out_features, shape.rank
     of_x, of_a, of_b, of_bias = needed[0], needed[1], needed[2], needed[3] and shape.bias
     thin = m * rank * size if m * rank * size > device.l2_bytes / 2 else 0
+    dy_bytes, x_bytes = m * n * size, m * k * size
 
-    def product(wide: int, features: int) -> Cost:
-        # One of the five products: between the tokens' `features` and the rank, through a (features, rank) weight.
-        return Cost(2 * m * features * rank, wide + thin + features * rank * size, library=True)
+    def onto_rank(wide: int, features: int) -> Cost:  # (m, features) times a weight
+        return library_product(m, rank, features, wide + thin + features * rank * size, device)
 
-    dy_read, x_sized = m * n * size, m * k * size
-    recompute = [product(x_sized, k)] if of_b else []
-    twice = [product(dy_read, n)] * ((of_x or of_a) + of_b) + [Cost(m * n, dy_read, library=True)] * of_bias
-    rest = [product(x_sized, k)] * (of_x + of_a)
-    predicted = {"gemms": total(recompute + twice + rest, device, rate)}
-    tile = backward_tile(shape, dtype, device)
+    def over_tokens(wide: int, features: int) -> Cost:  # (features, m) times (m, rank)
+        return library_product(features, rank, m, wide + thin + features * rank * size, device)
+
+    twice = [onto_rank(dy_bytes, n)] * (of_x or of_a) + [over_tokens(dy_bytes, n)] * of_b
+    twice += [Cost(m * n, dy_bytes, library=True)] * of_bias
+    rest = [library_product(m, k, rank, x_bytes + thin + k * rank * size, device)] * of_x
+    rest += [over_tokens(x_bytes, k)] * of_a
+    again = [onto_rank(x_bytes, k)] * of_b
+    predicted = {"gemms": total(again + twice + rest, device, precision)}
+    tile = backward_tile(shape, precision, device)
     if tile is not None and (of_x or of_a) and of_b:
         blocks = math.ceil(m / tile.block_m)
         done = blocks * tile.block_m * padded(rank)
         parts = blocks * n * (rank + 1) * 4
+        flops, moved, steps = 2 * done * (k + 2 * n), dy_bytes + x_bytes + parts, k // tile.block_k + n // tile.block_n
         once = [
-            Cost(2 * done * (k + 2 * n), dy_read + x_sized + parts, blocks * rank * (k + n) * size, programs=blocks),
+            Cost(flops, moved, blocks * rank * (k + n) * size, programs=blocks, steps=steps),
             Cost(parts / 4, parts, library=True),
         ]
-        predicted["shared"] = total(once + rest, device, rate)
+        predicted["shared"] = total(once + rest, device, precision)
     chosen = choose(predicted)
-    return Choice(chosen.variant, chosen.seconds, total(twice + rest, device, rate))
-
-
-def backward_tile(shape: Shape, dtype: torch.dtype, device: Device) -> Tile | None:
-    """The shipped tile of "shared"; None where that kernel is not for this shape."""
-    return tuned(FAMILY, "shared", device.arch, launch.precision(dtype), rank=shape.rank)
+    return Choice(chosen.variant, chosen.seconds, total(twice + rest, device, precision))
 
 
 def _backward(
@@ -214,36 +230,34 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weight_a, weight_b and the bias; an empty tensor for each that isn't needed.
 
-    x is None where only the gradients of x and the bias are.
+    x may be None where neither weight's gradient is needed.
     """
     of_x, of_a, of_b, of_bias = needed
-    flat_dy, flat = rows(dy), None if x is None else rows(x)
+    flat_dy, device = rows(dy), launch.describe(dy.device)
+    flat = flat_dy if x is None else rows(x)  # without x nothing below reads it
     shape = Shape(flat_dy.shape[0], a.shape[1], b.shape[0], a.shape[0], of_bias)
-    device = launch.describe(dy.device) if dy.is_cuda and launch.usable(dy.device) else None
-    variant = launch.forced(f"{FAMILY}_backward")
-    if variant is None:
-        ours = device is not None and flat_dy.numel() > 0 and dy.dtype != torch.float64
-        variant = predict_backward(shape, dy.dtype, device, tuple(needed)).variant if ours and device else "gemms"
+    predict = functools.partial(predict_backward, shape, dy.dtype, needed=(of_x, of_a, of_b, of_bias))
+    variant = launch.pick(f"{FAMILY}_backward", flat_dy, device, predict)
     none = dy.new_empty(0)
-    g, db, dbias = none, none, none
-    if variant == "shared":
-        if device is None or flat is None or not of_b:
-            raise KernelError("lowrank_linear: 'shared' needs Triton, a GPU, and the gradient of weight_b wanted")
+    g = db = dbias = none
+    if variant == "shared" and device is not None:
         from lrcompile.kernels import lowrank_linear_triton as kernels
 
-        tile = launch.need(backward_tile(shape, dy.dtype, device), FAMILY, variant, f"{shape}, {dy.dtype}")
-        g, db, summed = kernels.shared(flat_dy, flat, a.contiguous(), b.contiguous(), of_bias, tile)
-        dbias = none if summed is None else summed
+        if not of_b:
+            raise KernelError("lowrank_linear_backward: 'shared' needs weight_b's gradient wanted; force 'gemms'")
+        tile = launch.need(backward_tile(shape, launch.precision(dy.dtype), device), f"{FAMILY}_backward", variant)
+        g, db, dbias = kernels.shared(flat_dy, flat, a.contiguous(), b.contiguous(), of_bias, tile)
     else:
-        g = flat_dy @ b if of_x or of_a else none
+        if of_x or of_a:
+            g = flat_dy @ b
         if of_b:
-            assert flat is not None
             db = flat_dy.t() @ (flat @ a.t())
         if of_bias:
             dbias = flat_dy.sum(0)
-    dx = (g @ a).view(*dy.shape[:-1], a.shape[1]) if of_x else dy.new_empty(0)
-    da = g.t() @ flat if of_a and flat is not None else dy.new_empty(0)
-    return dx, da, db if of_b else dy.new_empty(0), dbias if of_bias else dy.new_empty(0)
+    dx = (g @ a).view(*dy.shape[:-1], a.shape[1]) if of_x else none
+    da = g.t() @ flat if of_a else none
+    # The results of an operator must be tensors of their own.
+    return tuple(t.clone() if t is none else t for t in (dx, da, db, dbias))  # type: ignore[return-value]
 
 
 def _backward_fake(

@@ -185,8 +185,8 @@ def narrow(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, tile: Tile, spl
     return y
 
 
-def shared(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, bias: bool, tile: Tile) -> tuple[Tensor, Tensor, Tensor | None]:
-    """g = dY·B (m, rank), dB (n, rank) and, where asked for, dbias (n,), from one read of dY.
+def shared(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, bias: bool, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    """g = dY·B (m, rank), dB (n, rank) and dbias (n,), empty where not asked for, from one read of dY.
 
     dy (m, n) and x (m, k) have unit stride along their last dimension; a and b are contiguous.
     """
@@ -201,7 +201,7 @@ def shared(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, bias: bool, tile: Tile) 
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             PRECISION=input_precision(x.dtype), **tile.options,
         )  # fmt: skip
-    return g, db.sum(0).to(dy.dtype), dbias.sum(0).to(dy.dtype) if bias else None
+    return g, db.sum(0).to(dy.dtype), dbias.sum(0).to(dy.dtype)
 
 
 def specimen(kernel: str, row: dict[str, Any]) -> Specimen:

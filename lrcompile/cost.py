@@ -18,6 +18,9 @@ MEMORY_REACH = 0.85
 # Seconds from the end of one kernel to the start of the next one in a stream that is kept full.
 LAUNCH_SECONDS = 2e-6
 
+# Seconds of one turn of a loop whose loads are pipelined: the latency of memory, about 0.7 µs, over three stages.
+STEP_SECONDS = 0.25e-6
+
 # Our kernel is taken where it is predicted to be faster by this factor, so that an optimistic prediction costs nothing.
 MARGIN = 1.05
 
@@ -158,6 +161,8 @@ class Cost:
         cached_bytes: read again from the last-level cache.
         programs: blocks that run side by side; fewer than the multiprocessors leave some idle. 0: enough of them.
         library: the vendor's kernel, not ours.
+        launches: kernels that this takes.
+        steps: turns of the loops that one program goes through, where that may be what takes longest.
     """
 
     flops: float
@@ -165,9 +170,11 @@ class Cost:
     cached_bytes: float = 0.0
     programs: int = 0
     library: bool = False
+    launches: int = 1
+    steps: int = 0
 
     def seconds(self, device: Device, precision: str) -> float:
-        """The slowest of computing, memory and cache, and the launch.
+        """The slowest of computing, memory, cache and one program's own loops, and the launches.
 
         Args:
             device: where.
@@ -180,7 +187,18 @@ class Cost:
         computing = self.flops / (device.rate(precision) * reach * busy)
         memory = self.bytes / (device.bandwidth * MEMORY_REACH * memory_busy)
         cache = (self.bytes + self.cached_bytes) / (device.l2_bandwidth * memory_busy)
-        return max(computing, memory, cache) + LAUNCH_SECONDS
+        return max(computing, memory, cache, self.steps * STEP_SECONDS) + self.launches * LAUNCH_SECONDS
+
+
+def library_product(m: int, n: int, k: int, moved: float, device: Device) -> Cost:
+    """(m, k) by (k, n) in the vendor's library, `moved` bytes going to or from memory.
+
+    An output of too few tiles for the device is split over k there, which takes a second launch to sum the parts; a
+    single row is computed by a matrix-vector kernel that needs none.
+    """
+    tiles = -(-m // 64) * -(-n // 64)
+    split = m > 1 and 2 * tiles < device.multiprocessors
+    return Cost(2.0 * m * n * k, moved, library=True, launches=2 if split else 1)
 
 
 def total(costs: list[Cost], device: Device, precision: str) -> float:
