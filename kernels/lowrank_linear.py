@@ -1,8 +1,11 @@
 """The low-rank linear: y = (x @ weight_aᵀ) @ weight_bᵀ + bias, the dense product never formed.
 
 Forward is one of: `fused`, one kernel that keeps x @ weight_aᵀ on the chip; `narrow`, two kernels for a few tokens at
-any rank; `gemms`, two products of the vendor's library. Backward starts from x alone, x @ weight_aᵀ is computed again:
-`shared` reads dY once for both of its products, `gemms` twice. Which one runs is the cost model's word (`predict`).
+any rank; `gemms`, two products of the vendor's library. Backward is `shared`, which reads dY once for both of its
+products, or `gemms`. Which one runs is the cost model's word (`predict_forward`, `predict_backward`).
+
+Two operators share them. `lowrank_linear` saves nothing but x for backward and computes x @ weight_aᵀ again, one more read
+of x. `lowrank_linear_keep` saves the rank-wide intermediate too: more memory, rank / in_features of x, and less time.
 
 The Triton code is in lowrank_linear_triton.py, imported where it is first launched.
 """
@@ -144,29 +147,46 @@ def check(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
         raise KernelError(f"lowrank_linear: operands on {', '.join(str(t.device) for t in given)}; move them to one")
 
 
-def _forward(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+def _compute(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
     check(x, a, b, bias)
     flat, device = rows(x), launch.describe(x.device)
     shape = Shape(flat.shape[0], a.shape[1], b.shape[0], a.shape[0], bias is not None)
     variant = launch.pick(FAMILY, flat, device, functools.partial(predict_forward, shape, x.dtype))
+    h: Tensor | None
     if variant == "gemms" or device is None:
-        return reference(flat, a, b, bias).view(*x.shape[:-1], b.shape[0])
-    from lrcompile.kernels import lowrank_linear_triton as kernels
-
-    precision = launch.precision(x.dtype)
-    tile = launch.need(forward_tile(variant, shape, precision, device), FAMILY, variant)
-    a, b = a.contiguous(), b.contiguous()
-    if variant == "fused":
-        splits = fused_splits(shape, x.dtype.itemsize, tile, precision, device)
-        y = kernels.fused(flat, a, b, bias, tile, splits)
+        h = F.linear(flat, a)
+        y = F.linear(h, b, bias)
     else:
-        y = kernels.narrow(flat, a, b, bias, tile, narrow_splits(shape, tile, device))
-    return y.view(*x.shape[:-1], b.shape[0])
+        from lrcompile.kernels import lowrank_linear_triton as kernels
+
+        precision = launch.precision(x.dtype)
+        tile = launch.need(forward_tile(variant, shape, precision, device), FAMILY, variant)
+        a, b = a.contiguous(), b.contiguous()
+        if variant == "fused":
+            splits = fused_splits(shape, x.dtype.itemsize, tile, precision, device)
+            y, h = kernels.fused(flat, a, b, bias, tile, splits, keep)
+        else:
+            y, h = kernels.narrow(flat, a, b, bias, tile, narrow_splits(shape, tile, device), keep)
+    return y.view(*x.shape[:-1], b.shape[0]), h
+
+
+def _forward(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return _compute(x, a, b, bias, keep=False)[0]
+
+
+def _forward_keep(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    y, h = _compute(x, a, b, bias, keep=True)
+    assert h is not None
+    return y, h
 
 
 def _forward_fake(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     check(x, a, b, bias)
     return x.new_empty((*x.shape[:-1], b.shape[0]))
+
+
+def _forward_keep_fake(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _forward_fake(x, a, b, bias), x.new_empty((math.prod(x.shape[:-1]), a.shape[0]))
 
 
 def backward_tile(shape: Shape, precision: str, device: Device) -> Tile | None:
@@ -175,23 +195,28 @@ def backward_tile(shape: Shape, precision: str, device: Device) -> Tile | None:
 
 
 def predict_backward(
-    shape: Shape, dtype: torch.dtype, device: Device, needed: tuple[bool, bool, bool, bool] = (True,) * 4
+    shape: Shape,
+    dtype: torch.dtype,
+    device: Device,
+    needed: tuple[bool, bool, bool, bool] = (True,) * 4,
+    kept: bool = False,
 ) -> Choice:
     """Which of "shared" and "gemms" computes the gradients asked for, and the predicted seconds.
 
     Args:
         shape, dtype, device: of the forward.
         needed: whether x, weight_a, weight_b and the bias want theirs.
+        kept: whether forward kept x @ weight_aᵀ.
 
     Returns:
-        Its `gemms` is what Inductor does: x @ weight_aᵀ was saved and is read there, where we compute it again.
+        Its `gemms` is what Inductor does, which keeps it, whether we do or not.
     """
-    return _predict_backward(shape, dtype.itemsize, launch.precision(dtype), device, needed)
+    return _predict_backward(shape, dtype.itemsize, launch.precision(dtype), device, needed, kept)
 
 
 @functools.cache
 def _predict_backward(
-    shape: Shape, size: int, precision: str, device: Device, needed: tuple[bool, bool, bool, bool]
+    shape: Shape, size: int, precision: str, device: Device, needed: tuple[bool, bool, bool, bool], kept: bool
 ) -> Choice:
     m, k, n, rank = shape.tokens, shape.in_features, shape.out_features, shape.rank
     of_x, of_a, of_b, of_bias = needed[0], needed[1], needed[2], needed[3] and shape.bias
@@ -208,16 +233,17 @@ def _predict_backward(
     twice += [Cost(m * n, dy_bytes, library=True)] * of_bias
     rest = [library_product(m, k, rank, x_bytes + thin + k * rank * size, device)] * of_x
     rest += [over_tokens(x_bytes, k)] * of_a
-    again = [onto_rank(x_bytes, k)] * of_b
+    again = [onto_rank(x_bytes, k)] * (of_b and not kept)
     predicted = {"gemms": total(again + twice + rest, device, precision)}
     tile = backward_tile(shape, precision, device)
     if tile is not None and (of_x or of_a) and of_b:
-        blocks = math.ceil(m / tile.block_m)
-        done = blocks * tile.block_m * padded(rank)
+        blocks, of_h = math.ceil(m / tile.block_m), 0 if kept else k  # x's columns, where x @ weight_aᵀ is made of them
         parts = blocks * n * (rank + 1) * 4
-        flops, moved, steps = 2 * done * (k + 2 * n), dy_bytes + x_bytes + parts, k // tile.block_k + n // tile.block_n
+        flops = 2 * blocks * tile.block_m * padded(rank) * (of_h + 2 * n)
+        moved, weights = m * (of_h + n) * size + thin + parts, blocks * rank * (of_h + n) * size
+        steps = of_h // tile.block_k + n // tile.block_n
         once = [
-            Cost(flops, moved, blocks * rank * (k + n) * size, programs=blocks, steps=steps),
+            Cost(flops, moved, weights, programs=blocks, steps=steps),
             Cost(parts / 4, parts, library=True),
         ]
         predicted["shared"] = total(once + rest, device, precision)
@@ -226,17 +252,17 @@ def _predict_backward(
 
 
 def _backward(
-    dy: Tensor, x: Tensor | None, a: Tensor, b: Tensor, needed: list[bool]
+    dy: Tensor, x: Tensor | None, h: Tensor | None, a: Tensor, b: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weight_a, weight_b and the bias; an empty tensor for each that isn't needed.
 
-    x may be None where neither weight's gradient is needed.
+    h (tokens, rank) is x @ weight_aᵀ where it was kept. x may be None where no gradient needs it.
     """
     of_x, of_a, of_b, of_bias = needed
     flat_dy, device = rows(dy), launch.describe(dy.device)
-    flat = flat_dy if x is None else rows(x)  # without x nothing below reads it
+    flat = None if x is None else rows(x)
     shape = Shape(flat_dy.shape[0], a.shape[1], b.shape[0], a.shape[0], of_bias)
-    predict = functools.partial(predict_backward, shape, dy.dtype, needed=(of_x, of_a, of_b, of_bias))
+    predict = functools.partial(predict_backward, shape, dy.dtype, needed=tuple(needed), kept=h is not None)
     variant = launch.pick(f"{FAMILY}_backward", flat_dy, device, predict)
     none = dy.new_empty(0)
     g = db = dbias = none
@@ -246,44 +272,60 @@ def _backward(
         if not of_b:
             raise KernelError("lowrank_linear_backward: 'shared' needs weight_b's gradient wanted; force 'gemms'")
         tile = launch.need(backward_tile(shape, launch.precision(dy.dtype), device), f"{FAMILY}_backward", variant)
-        g, db, dbias = kernels.shared(flat_dy, flat, a.contiguous(), b.contiguous(), of_bias, tile)
+        g, db, dbias = kernels.shared(flat_dy, flat, h, a.contiguous(), b.contiguous(), of_bias, tile)
     else:
         if of_x or of_a:
             g = flat_dy @ b
         if of_b:
-            db = flat_dy.t() @ (flat @ a.t())
+            db = flat_dy.t() @ (_needed(flat) @ a.t() if h is None else h)
         if of_bias:
             dbias = flat_dy.sum(0)
     dx = (g @ a).view(*dy.shape[:-1], a.shape[1]) if of_x else none
-    da = g.t() @ flat if of_a else none
+    da = g.t() @ _needed(flat) if of_a else none
     # The results of an operator must be tensors of their own.
-    return tuple(t.clone() if t is none else t for t in (dx, da, db, dbias))  # type: ignore[return-value]
+    dx, da, db, dbias = (t.clone() if t is none else t for t in (dx, da, db, dbias))
+    return dx, da, db, dbias
+
+
+def _needed(x: Tensor | None) -> Tensor:
+    if x is None:
+        raise KernelError("lowrank_linear_backward: this gradient needs x, and it was not given")
+    return x
 
 
 def _backward_fake(
-    dy: Tensor, x: Tensor | None, a: Tensor, b: Tensor, needed: list[bool]
+    dy: Tensor, x: Tensor | None, h: Tensor | None, a: Tensor, b: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shapes = ((*dy.shape[:-1], a.shape[1]), a.shape, b.shape, (b.shape[0],))
     dx, da, db, dbias = (dy.new_empty(shape if want else 0) for shape, want in zip(shapes, needed, strict=True))
     return dx, da, db, dbias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], h: Tensor | None) -> None:
+    # Only what a gradient will read is saved: of a frozen pair, neither x nor h.
     x, a, b, _ = inputs
-    # A frozen pair needs nothing of x: only what a gradient will read is kept.
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] else None, a, b)
+    of_a, of_b = ctx.needs_input_grad[1:3]
+    ctx.save_for_backward(x if of_a or (of_b and h is None) else None, h if of_b else None, a, b)
 
 
-def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, a, b = ctx.saved_tensors
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    _save(ctx, inputs, None)
+
+
+def _setup_keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
+    _save(ctx, inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx: Any, dy: Tensor, *of_h: None) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad)
-    gradients = lowrank_linear_backward(dy, x, a, b, needed)
+    gradients = lowrank_linear_backward(dy, *ctx.saved_tensors, needed)
     return tuple(gradient if want else None for gradient, want in zip(gradients, needed, strict=True))
 
 
 lowrank_linear_backward = register(
     f"{FAMILY}_backward",
-    "(Tensor dy, Tensor? x, Tensor a, Tensor b, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor? x, Tensor? h, Tensor a, Tensor b, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)",
     {"CPU": _backward, "CUDA": _backward},
     _backward_fake,
     cast=False,
@@ -293,5 +335,12 @@ lowrank_linear = register(
     "(Tensor x, Tensor a, Tensor b, Tensor? bias) -> Tensor",
     {"CPU": _forward, "CUDA": _forward},
     _forward_fake,
-    (_autograd, _setup_context),
+    (_autograd, _setup),
+)
+lowrank_linear_keep = register(
+    f"{FAMILY}_keep",
+    "(Tensor x, Tensor a, Tensor b, Tensor? bias) -> (Tensor y, Tensor h)",
+    {"CPU": _forward_keep, "CUDA": _forward_keep},
+    _forward_keep_fake,
+    (_autograd, _setup_keep),
 )

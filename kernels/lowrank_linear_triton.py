@@ -24,7 +24,7 @@ from lrcompile.kernels.launch import Tile, input_precision, on_device, padded
 
 
 @triton.jit
-def thin_product(x, a, rows, m, k, rank, stride, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+def thin_product(x, a, rows, k, rank, stride, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     """x·Aᵀ for BLOCK_M rows, whose first is where `x` points: (BLOCK_M, RANK) in fp32; `rows` of them exist."""
     i = tl.arange(0, BLOCK_M)
@@ -40,21 +40,25 @@ def thin_product(x, a, rows, m, k, rank, stride, RANK: tl.constexpr, BLOCK_M: tl
 
 
 @triton.jit
-def fused_kernel(x, a, b, bias, y, m, n, k, rank, stride, columns, HAS_BIAS: tl.constexpr, RANK: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def fused_kernel(x, a, b, bias, y, kept, m, n, k, rank, stride, columns, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr,
+                 RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
-    """y for BLOCK_M rows and `columns` columns: the rank-wide intermediate never leaves the chip.
+    """y for BLOCK_M rows and `columns` columns: the rank-wide intermediate never leaves the chip, unless it is kept.
 
     Programs beside each other in the second grid axis compute it again from x, which the L2 cache then holds.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows = tl.minimum(m - first, BLOCK_M).to(tl.int32)
-    h = thin_product(x + first * stride, a, rows, m, k, rank, stride, RANK, BLOCK_M, BLOCK_K, PRECISION)
+    h = thin_product(x + first * stride, a, rows, k, rank, stride, RANK, BLOCK_M, BLOCK_K, PRECISION)
     h = h.to(x.dtype.element_ty)  # rounded as the unfused products round it
 
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
     r = tl.arange(0, RANK)
+    if KEEP:
+        if tl.program_id(1) == 0:
+            kept += first * rank
+            tl.store(kept + i[:, None] * rank + r[None, :], h, (i[:, None] < rows) & (r[None, :] < rank))
     left = tl.program_id(1).to(tl.int64) * columns
     b += left * rank
     y += first * n + left
@@ -103,23 +107,28 @@ def narrow_kernel(x, w, bias, y, m, n, k, stride, share, PARTS: tl.constexpr, HA
 
 
 @triton.jit
-def shared_kernel(dy, x, a, b, g, db, dbias, m, n, k, rank, stride, dy_stride, HAS_BIAS: tl.constexpr,
-                  RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def shared_kernel(dy, x, kept, a, b, g, db, dbias, m, n, k, rank, stride, dy_stride, HAS_BIAS: tl.constexpr,
+                  KEPT: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     """One read of dY for both products with it: g = dY·B, and this program's part of dB = dYᵀ·(x·Aᵀ) and of dbias.
 
     A program owns BLOCK_M rows and walks all n columns: g stays in registers to the end, the parts of dB (one for each
-    program, summed afterwards in a fixed order) leave tile by tile. x·Aᵀ is computed here from x, and never stored.
+    program, summed afterwards in a fixed order) leave tile by tile. x·Aᵀ is computed here from x, unless it was kept.
     """
     pid = tl.program_id(0).to(tl.int64)
     first = pid * BLOCK_M
     rows = tl.minimum(m - first, BLOCK_M).to(tl.int32)
     dtype = dy.dtype.element_ty
-    h = thin_product(x + first * stride, a, rows, m, k, rank, stride, RANK, BLOCK_M, BLOCK_K, PRECISION).to(dtype)
-
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
     r = tl.arange(0, RANK)
+    thin = i[:, None] * rank + r[None, :]
+    inside = (i[:, None] < rows) & (r[None, :] < rank)
+    if KEPT:
+        h = tl.load(kept + first * rank + thin, inside, 0.0)
+    else:
+        h = thin_product(x + first * stride, a, rows, k, rank, stride, RANK, BLOCK_M, BLOCK_K, PRECISION).to(dtype)
+
     dy += first * dy_stride
     db += pid * n * rank
     dbias += pid * n
@@ -134,30 +143,39 @@ def shared_kernel(dy, x, a, b, g, db, dbias, m, n, k, rank, stride, dy_stride, H
         tl.store(db + col[:, None] * rank + r[None, :], part, mask)
         if HAS_BIAS:
             tl.store(dbias + col, tl.sum(dy_tile.to(tl.float32), 0), col < n)
-    g += first * rank
-    tl.store(g + i[:, None] * rank + r[None, :], acc.to(dtype), (i[:, None] < rows) & (r[None, :] < rank))
+    tl.store(g + first * rank + thin, acc.to(dtype), inside)
 
 
-def fused(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, tile: Tile, splits: int = 1) -> Tensor:
+def fused(
+    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, tile: Tile, splits: int = 1, keep: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """y (m, n) in one launch. x (m, k) has unit stride along k; a (rank, k) and b (n, rank) are contiguous.
 
     Args:
         splits: programs that share a block of rows, each with its part of the columns.
+        keep: write x·Aᵀ (m, rank) too, and return it.
     """
     (m, k), (n, rank) = x.shape, b.shape
     y = x.new_empty(m, n)
+    h = x.new_empty(m, rank) if keep else None
     columns = tile.block_n * triton.cdiv(n, tile.block_n * splits)
     grid = (triton.cdiv(m, tile.block_m), triton.cdiv(n, columns))
     with on_device(x):
         fused_kernel[grid](
-            x, a, b, bias, y, m, n, k, rank, x.stride(0), columns, HAS_BIAS=bias is not None, RANK=padded(rank),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            PRECISION=input_precision(x.dtype), **tile.options,
+            x, a, b, bias, y, h, m, n, k, rank, x.stride(0), columns, HAS_BIAS=bias is not None, KEEP=keep,
+            RANK=padded(rank), **_blocks(tile, x.dtype),
         )  # fmt: skip
-    return y
+    return y, h
 
 
-def narrow(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, tile: Tile, splits: int = 1) -> Tensor:
+def _blocks(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    return {**blocks, "PRECISION": input_precision(dtype), **tile.options}
+
+
+def narrow(
+    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, tile: Tile, splits: int = 1, keep: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """y (m, n) for m <= tile.block_m, at any rank, in two launches; operands as `fused` takes them.
 
     Each launch reads its factor once, by rows, with as many programs as it has blocks of rows; between the two stands
@@ -167,14 +185,14 @@ def narrow(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, tile: Tile, spl
 
     Args:
         splits: shares of k that x·Aᵀ is summed from.
+        keep: return x·Aᵀ (m, rank) too.
     """
     (m, k), (n, rank) = x.shape, b.shape
     share = tile.block_k * triton.cdiv(k, tile.block_k * splits)
     parts = triton.cdiv(k, share)
     h = x.new_empty((parts, m, rank), dtype=torch.float32)
     y = x.new_empty(m, n)
-    blocks: dict[str, int | str] = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    blocks |= {"PRECISION": input_precision(x.dtype), **tile.options}
+    blocks = _blocks(tile, x.dtype)
     with on_device(x):
         narrow_kernel[(triton.cdiv(rank, tile.block_n), parts)](
             x, a, None, h, m, rank, k, x.stride(0), share, PARTS=1, HAS_BIAS=False, **blocks
@@ -182,30 +200,33 @@ def narrow(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, tile: Tile, spl
         narrow_kernel[(triton.cdiv(n, tile.block_n), 1)](
             h, b, bias, y, m, n, rank, rank, rank, PARTS=parts, HAS_BIAS=bias is not None, **blocks
         )
-    return y
+    return y, h.sum(0).to(x.dtype) if keep else None
 
 
-def shared(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, bias: bool, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+def shared(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, a: Tensor, b: Tensor, bias: bool, tile: Tile
+) -> tuple[Tensor, Tensor, Tensor]:
     """g = dY·B (m, rank), dB (n, rank) and dbias (n,), empty where not asked for, from one read of dY.
 
-    dy (m, n) and x (m, k) have unit stride along their last dimension; a and b are contiguous.
+    dy (m, n) and x (m, k) have unit stride along their last dimension; a and b are contiguous. h (m, rank), contiguous,
+    is x·Aᵀ where it was kept, and x isn't read then.
     """
-    (m, k), (n, rank) = x.shape, b.shape
+    (m, n), (rank, k) = dy.shape, a.shape
     programs = triton.cdiv(m, tile.block_m)
     g = dy.new_empty(m, rank)
     db = dy.new_empty((programs, n, rank), dtype=torch.float32)
     dbias = dy.new_empty((programs, n if bias else 0), dtype=torch.float32)
-    with on_device(x):
+    stride = 0 if x is None else x.stride(0)
+    with on_device(dy):
         shared_kernel[(programs,)](
-            dy, x, a, b, g, db, dbias, m, n, k, rank, x.stride(0), dy.stride(0), HAS_BIAS=bias, RANK=padded(rank),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            PRECISION=input_precision(x.dtype), **tile.options,
+            dy, x, h, a, b, g, db, dbias, m, n, k, rank, stride, dy.stride(0), HAS_BIAS=bias, KEPT=h is not None,
+            RANK=padded(rank), **_blocks(tile, dy.dtype),
         )  # fmt: skip
     return g, db.sum(0).to(dy.dtype), dbias.sum(0).to(dy.dtype)
 
 
 def specimen(kernel: str, row: dict[str, Any]) -> Specimen:
-    """What a row of the tuning table compiles to: the hungriest of the shapes it serves, with a bias."""
+    """What a row of the tuning table compiles to: the hungriest of the shapes it serves, all extras on."""
     tile = Tile(**row["tile"])
     element = "bf16" if row["precision"] == "half" else "fp32"
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
@@ -215,6 +236,7 @@ def specimen(kernel: str, row: dict[str, Any]) -> Specimen:
         return Specimen(narrow_kernel, pointers, constants | {"PARTS": 4})
     constants |= {"RANK": padded(row["up_to"]["rank"])}
     if kernel == "fused":
-        return Specimen(fused_kernel, dict.fromkeys(("x", "a", "b", "bias", "y"), element), constants)
+        pointers = dict.fromkeys(("x", "a", "b", "bias", "y", "kept"), element)
+        return Specimen(fused_kernel, pointers, constants | {"KEEP": True})
     pointers = dict.fromkeys(("dy", "x", "a", "b", "g"), element) | {"db": "fp32", "dbias": "fp32"}
-    return Specimen(shared_kernel, pointers, constants)
+    return Specimen(shared_kernel, pointers, constants | {"kept": None, "KEPT": False})
