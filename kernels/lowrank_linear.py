@@ -81,11 +81,10 @@ def fused_splits(shape: Shape, size: int, tile: Tile, precision: str, device: De
     return min(options, key=lambda splits: _fused_cost(shape, size, tile, splits).seconds(device, precision))
 
 
-def narrow_splits(shape: Shape, tile: Tile, device: Device) -> int:
-    """Shares of in_features: two programs for each multiprocessor, a share of four blocks at least, no more than 4."""
-    blocks = math.ceil(shape.rank / tile.block_n)
-    wanted = math.ceil(2 * device.multiprocessors / blocks)
-    return max(1, min(wanted, shape.in_features // (4 * tile.block_k), 4))
+def narrow_splits(shape: Shape, size: int, tile: Tile, precision: str, device: Device) -> int:
+    """Shares of in_features: more of them keep more multiprocessors busy, and all are read by each second program."""
+    options = [parts for parts in (1, 2, 4) if parts * tile.block_k <= shape.in_features] or [1]
+    return min(options, key=lambda parts: total(_narrow_costs(shape, size, tile, parts), device, precision))
 
 
 def _fused_cost(shape: Shape, size: int, tile: Tile, splits: int) -> Cost:
@@ -96,6 +95,17 @@ def _fused_cost(shape: Shape, size: int, tile: Tile, splits: int) -> Cost:
     least = (m * k + m * n + rank * (k + n)) * size
     steps = math.ceil(k / tile.block_k) + math.ceil(n / (tile.block_n * splits))
     return Cost(2 * done * (splits * k + n), least, again, programs=blocks * splits, steps=steps)
+
+
+def _narrow_costs(shape: Shape, size: int, tile: Tile, parts: int) -> list[Cost]:
+    m, k, n, rank = shape.tokens, shape.in_features, shape.out_features, shape.rank
+    first, second = math.ceil(rank / tile.block_n), math.ceil(n / tile.block_n)
+    flops = 2 * tile.block_m * rank
+    turns = math.ceil(k / (tile.block_k * parts)), math.ceil(rank / tile.block_k)
+    return [
+        Cost(flops * k, rank * k * size, first * m * k * size, programs=first * parts, steps=turns[0]),
+        Cost(flops * n, n * rank * size, second * parts * m * rank * 4, programs=second, steps=turns[1]),
+    ]
 
 
 def predict_forward(shape: Shape, dtype: torch.dtype, device: Device) -> Choice:
@@ -119,14 +129,8 @@ def _predict_forward(shape: Shape, size: int, precision: str, device: Device) ->
         predicted["fused"] = _fused_cost(shape, size, tile, splits).seconds(device, precision)
     tile = forward_tile("narrow", shape, precision, device)
     if tile is not None:
-        parts = narrow_splits(shape, tile, device)
-        first, second = math.ceil(rank / tile.block_n), math.ceil(n / tile.block_n)
-        flops, turns = 2 * tile.block_m * rank, (math.ceil(k / (tile.block_k * parts)), math.ceil(rank / tile.block_k))
-        narrow = [
-            Cost(flops * k, rank * k * size, first * m * k * size, programs=first * parts, steps=turns[0]),
-            Cost(flops * n, n * rank * size, second * parts * m * rank * 4, programs=second, steps=turns[1]),
-        ]
-        predicted["narrow"] = total(narrow, device, precision)
+        parts = narrow_splits(shape, size, tile, precision, device)
+        predicted["narrow"] = total(_narrow_costs(shape, size, tile, parts), device, precision)
     return choose(predicted)
 
 
@@ -162,11 +166,8 @@ def _compute(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, keep: bool) -
         precision = launch.precision(x.dtype)
         tile = launch.need(forward_tile(variant, shape, precision, device), FAMILY, variant)
         a, b = a.contiguous(), b.contiguous()
-        if variant == "fused":
-            splits = fused_splits(shape, x.dtype.itemsize, tile, precision, device)
-            y, h = kernels.fused(flat, a, b, bias, tile, splits, keep)
-        else:
-            y, h = kernels.narrow(flat, a, b, bias, tile, narrow_splits(shape, tile, device), keep)
+        run, splits = {"fused": (kernels.fused, fused_splits), "narrow": (kernels.narrow, narrow_splits)}[variant]
+        y, h = run(flat, a, b, bias, tile, splits(shape, x.dtype.itemsize, tile, precision, device), keep)
     return y.view(*x.shape[:-1], b.shape[0]), h
 
 

@@ -1,11 +1,17 @@
 """What holds for the whole test run: the installed package is tested, with its annotations checked at run time."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+# Without a GPU our Triton kernels run in Triton's interpreter. It is switched on as triton is imported, which Dynamo does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import torch._dynamo
 from jaxtyping import install_import_hook
 
