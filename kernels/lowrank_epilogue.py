@@ -3,7 +3,7 @@ with z = (x @ weight_aᵀ) @ weight_bᵀ + bias, which is never stored.
 
 Forward is lowrank_linear's `fused` or `narrow` kernel with an epilogue (epilogue.py), or `gemms`: the library's products
 and a pointwise kernel. Backward starts from x: `fused` computes z again beside the pointwise work, in one kernel that
-writes dz and dother, and ends in lowrank_linear's backward.
+writes dz, dother and the thin x @ weight_aᵀ, and ends in lowrank_linear's backward.
 
 z isn't saved, since that is cheaper in bytes: saving it takes one write and one read of (tokens, out_features), while
 computing it again reads x, (tokens, in_features), and takes 2 tokens rank (in + out) FLOPs. For in = out at 16 bits an
@@ -14,9 +14,11 @@ its input; above that time is paid for the memory. The cost model weighs it (`pr
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,7 +27,13 @@ from lrcompile.errors import KernelError
 from lrcompile.kernels import epilogue, launch, lowrank_linear
 from lrcompile.kernels.epilogue import KINDS
 from lrcompile.kernels.launch import Tile, rows, tuned
-from lrcompile.kernels.lowrank_linear import Shape, forward_seconds, fused_splits, lowrank_linear_backward, narrow_splits
+from lrcompile.kernels.lowrank_linear import (
+    Shape,
+    forward_seconds,
+    fused_splits,
+    lowrank_linear_backward,
+    narrow_splits,
+)
 from lrcompile.kernels.op import register
 
 FAMILY = "lowrank_epilogue"
@@ -77,9 +85,7 @@ def predict_forward(
 
 
 @functools.cache
-def _predict_forward(
-    shape: Shape, kind: str, size: int, other_size: int, precision: str, device: Device
-) -> Choice:
+def _predict_forward(shape: Shape, kind: str, size: int, other_size: int, precision: str, device: Device) -> Choice:
     what, elements = KINDS[kind], shape.tokens * shape.out_features
     y_size, reads = max(size, other_size), elements * other_size
     pair = forward_seconds(shape, size, precision, device)
@@ -135,18 +141,19 @@ def _predict_backward(
     needed: Needed,
 ) -> Choice:  # fmt: skip
     what, elements, of_z = KINDS[kind], shape.tokens * shape.out_features, any(needed[:4])
-    rest = lowrank_linear.predict_backward(shape, dtype, device, needed[:4])
+    reads_z = _reads_z(kind, needed[4])
+    rest = lowrank_linear.predict_backward(shape, dtype, device, needed[:4], kept=reads_z)
     ours, theirs = (rest.seconds, min(rest.seconds, rest.gemms)) if of_z else (0.0, 0.0)
     if what.join == "add":
         return Choice("gemms", ours, theirs)
-    z_read = elements * size if _reads_z(kind, needed[4]) else 0
+    z_read = elements * size * reads_z
     moved = _far(elements * max(size, other_size), device)  # dY
     moved += elements * (other_size + size * of_z + other_size * needed[4])
     once = Cost(0, moved + z_read, launches=1).seconds(device, precision)
     pair = forward_seconds(shape, size, precision, device)
-    again = pair["gemms"] if z_read else 0.0
+    again = pair["gemms"] if reads_z else 0.0
     predicted = {"gemms": again + once}
-    if z_read and tile_of("gradient", shape, precision, device) is not None and "fused" in pair:
+    if reads_z and tile_of("gradient", shape, precision, device) is not None and "fused" in pair:
         reads = Cost(0, moved - elements * size, launches=0).seconds(device, precision)  # pair counts one result
         work = _pointwise(elements * what.operations(backward=True), device)
         predicted["fused"] = pair["fused"] + max(reads, 0.0) + work
@@ -204,9 +211,19 @@ def _forward_fake(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, kind: st
 
 
 def _backward(
-    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, kind: str, other: Tensor | None, needed: list[bool]
-) -> tuple[Tensor, Tensor]:
-    """dz in x's dtype and dother in other's, for the kinds whose backward reads z; empty where not needed."""
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    other: Tensor | None,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz in x's dtype, dother in other's and x @ weight_aᵀ, for the kinds whose backward reads z; empty where not needed.
+
+    needed: whether dz (and with it x @ weight_aᵀ) and dother are.
+    """
     flat, device, shape = _plan(x, a, b, bias)
     flat_dy, gate, (of_z, of_other) = rows(dy), None if other is None else rows(other), needed
     dtype = None if gate is None else gate.dtype
@@ -216,8 +233,10 @@ def _backward(
     variant = launch.pick(f"{FAMILY}_backward", flat, device, predict) if dy.dtype != torch.float64 else "gemms"
     dz: Tensor | None
     dother: Tensor | None
+    h: Tensor | None
     if variant == "gemms" or device is None:
-        dz, dother = epilogue.gradients(KINDS[kind], flat_dy, lowrank_linear.reference(flat, a, b, bias), gate)
+        h = F.linear(flat, a)
+        dz, dother = epilogue.gradients(KINDS[kind], flat_dy, F.linear(h, b, bias), gate)
     else:
         from lrcompile.kernels import lowrank_epilogue_triton as kernels
 
@@ -225,34 +244,41 @@ def _backward(
         tile = launch.need(tile_of("gradient", shape, precision, device), f"{FAMILY}_backward", variant)
         splits = fused_splits(shape, x.dtype.itemsize, tile, precision, device)
         a, b, what = a.contiguous(), b.contiguous(), KINDS[kind]
-        dz, dother = kernels.gradient(flat_dy, flat, a, b, bias, what, gate, (of_z, of_other), tile, splits)
-    results = ((dz, of_z, x), (dother, of_other, dy))
-    dz, dother = (
-        like.new_empty(0) if t is None or not want else t.contiguous().view(dy.shape) for t, want, like in results
-    )
-    return dz, dother
+        dz, dother, h = kernels.gradient(flat_dy, flat, a, b, bias, what, gate, (of_z, of_other), tile, splits)
+    dz = dz.contiguous().view(dy.shape) if dz is not None and of_z else x.new_empty(0)
+    dother = dother.contiguous().view(dy.shape) if dother is not None and of_other else _like(dy, other).new_empty(0)
+    return dz, dother, h if h is not None and of_z else x.new_empty(0)
+
+
+def _like(dy: Tensor, other: Tensor | None) -> Tensor:
+    return dy if other is None else other
 
 
 def _backward_fake(
-    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, kind: str, other: Tensor | None, needed: list[bool]
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    other: Tensor | None,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     of_z, of_other = needed
-    gate = dy if other is None else other
-    return x.new_empty(dy.shape if of_z else 0), gate.new_empty(dy.shape if of_other else 0)
+    thin = (math.prod(x.shape[:-1]), a.shape[0])
+    dother = _like(dy, other).new_empty(dy.shape if of_other else 0)
+    return x.new_empty(dy.shape if of_z else 0), dother, x.new_empty(thin if of_z else 0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     # Only what a gradient will read is saved.
     x, a, b, bias, kind, other = inputs
-    of_x, of_a, of_b, of_bias, _, of_other = ctx.needs_input_grad
-    of_z = of_x or of_a or of_b or of_bias
+    of_a, of_b, of_other = (ctx.needs_input_grad[i] for i in (1, 2, 5))
     ctx.kind, ctx.reads_z = kind, _reads_z(kind, of_other)
     keep_x = ctx.reads_z or of_a or of_b
-    keep_other = KINDS[kind].join == "mul" and (of_z or KINDS[kind].of_other != "")
     ctx.dtypes = (x.dtype, None if other is None else other.dtype)
-    ctx.save_for_backward(
-        x if keep_x else None, a, b, bias if ctx.reads_z else None, other if keep_other else None
-    )
+    gate = other if KINDS[kind].join == "mul" else None
+    ctx.save_for_backward(x if keep_x else None, a, b, bias if ctx.reads_z else None, gate)
 
 
 def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -261,8 +287,9 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     of_z = of_x or of_a or of_b or of_bias
     dz: Tensor | None
     dother: Tensor | None
+    h: Tensor | None = None
     if ctx.reads_z:
-        dz, dother = lowrank_epilogue_backward(dy, x, a, b, bias, ctx.kind, other, [of_z, of_other])
+        dz, dother, h = lowrank_epilogue_backward(dy, x, a, b, bias, ctx.kind, other, [of_z, of_other])
     else:  # plain torch: the compiler fuses it with what comes before
         gated = dy if other is None else dy * epilogue.ACTIVATIONS[KINDS[ctx.kind].of_other](other)
         dz = gated.to(ctx.dtypes[0])
@@ -270,7 +297,7 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     found: tuple[Tensor | None, ...] = (None,) * 4
     if of_z:
         needed = [of_x, of_a, of_b, of_bias]
-        gradients = lowrank_linear_backward(dz, x, None, a, b, needed)
+        gradients = lowrank_linear_backward(dz, x, h, a, b, needed)
         found = tuple(gradient if want else None for gradient, want in zip(gradients, needed, strict=True))
     return (*found, None, dother if of_other else None)
 
@@ -278,7 +305,7 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 lowrank_epilogue_backward = register(
     f"{FAMILY}_backward",
     "(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor? bias, str kind, Tensor? other, bool[2] needed) "
-    "-> (Tensor dz, Tensor dother)",
+    "-> (Tensor dz, Tensor dother, Tensor h)",
     {"CPU": _backward, "CUDA": _backward},
     _backward_fake,
     cast=False,

@@ -23,11 +23,13 @@ from lrcompile.kernels.lowrank_linear_triton import blocks, thin_product
 
 
 @triton.jit
-def gradient_kernel(dy, x, a, b, bias, other, dz, dother, m, n, k, rank, stride, dy_stride, other_stride, columns,
-                    HAS_BIAS: tl.constexpr, OF_DZ: tl.constexpr, OF_DOTHER: tl.constexpr, RANK: tl.constexpr,
+def gradient_kernel(dy, x, a, b, bias, other, dz, dother, kept, m, n, k, rank, stride, dy_stride, other_stride,
+                    columns, HAS_BIAS: tl.constexpr, OF_DZ: tl.constexpr, OF_DOTHER: tl.constexpr, RANK: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
                     OF_Z: tl.constexpr, OF_OTHER: tl.constexpr, JOIN: tl.constexpr):  # fmt: skip
     """dz and dother for BLOCK_M rows and `columns` columns; z is computed here from x, and never stored.
+
+    Beside dz goes x·Aᵀ, which the pair's own backward reads.
 
     The epilogue is one whose backward reads z: an activation of z, or a product with `other`.
     """
@@ -45,6 +47,9 @@ def gradient_kernel(dy, x, a, b, bias, other, dz, dother, m, n, k, rank, stride,
     dy += first * dy_stride + left
     if OF_DZ:
         dz += first * n + left
+        if tl.program_id(1) == 0:
+            kept += first * rank
+            tl.store(kept + i[:, None] * rank + r[None, :], h, (i[:, None] < rows) & (r[None, :] < rank))
     if JOIN == "mul":
         other += first * other_stride + left
     if OF_DOTHER:
@@ -80,8 +85,8 @@ def gradient(
     needed: tuple[bool, bool],
     tile: Tile,
     splits: int = 1,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dz (m, n) and dother (m, n) where `needed`, in the dtypes of x and other, in one launch.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dz (m, n) and dother (m, n) where `needed`, in the dtypes of x and other, and x·Aᵀ beside dz; in one launch.
 
     dy (m, n), x (m, k) and other (m, n) have unit stride along their last dimension; a (rank, k) and b (n, rank) are
     contiguous.
@@ -92,15 +97,16 @@ def gradient(
     (m, k), (n, rank) = x.shape, b.shape
     dz = x.new_empty(m, n) if needed[0] else None
     dother = other.new_empty(m, n) if needed[1] and other is not None else None
+    h = x.new_empty(m, rank) if needed[0] else None
     columns = tile.block_n * triton.cdiv(n, tile.block_n * splits)
     strides = (x.stride(0), dy.stride(0), 0 if other is None else other.stride(0))
     with on_device(dy):
         gradient_kernel[(triton.cdiv(m, tile.block_m), triton.cdiv(n, columns))](
-            dy, x, a, b, bias, other, dz, dother, m, n, k, rank, *strides, columns, HAS_BIAS=bias is not None,
+            dy, x, a, b, bias, other, dz, dother, h, m, n, k, rank, *strides, columns, HAS_BIAS=bias is not None,
             OF_DZ=dz is not None, OF_DOTHER=dother is not None, RANK=padded(rank), **blocks(tile, x.dtype),
             **epilogue.constants,
         )  # fmt: skip
-    return dz, dother
+    return dz, dother, h
 
 
 # The hungriest: erf on one side, and an operand of fp32 (a residual stream under autocast) to read and to write.
@@ -119,6 +125,6 @@ def specimen(kernel: str, row: dict[str, Any], epilogue: Epilogue = HUNGRIEST) -
         return dataclasses.replace(plain, pointers=pointers | {"other": "fp32", "y": "fp32"}, constants=given)
     plain = lowrank_linear_triton.specimen("fused", row)
     given = {name: value for name, value in plain.constants.items() if name not in ("KEEP", "other")} | constants
-    pointers = {name: kind for name, kind in plain.pointers.items() if name not in ("y", "kept")}
+    pointers = {name: kind for name, kind in plain.pointers.items() if name != "y"}
     pointers |= {"dz": plain.pointers["x"], "dy": "fp32", "other": "fp32", "dother": "fp32"}
     return Specimen(gradient_kernel, pointers, given | {"OF_DZ": True, "OF_DOTHER": True})
