@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lrcompile.errors import (
         AdoptError,
         CaptureError,
+        KernelError,
         LrcompileError,
         PassError,
         PlanError,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AdoptError": "errors",
     "CaptureError": "errors",
+    "KernelError": "errors",
     "LrcompileError": "errors",
     "PassError": "errors",
     "PlanError": "errors",
@@ -53,6 +55,7 @@ _HOME = {
 __all__ = [
     "AdoptError",
     "CaptureError",
+    "KernelError",
     "LrcompileError",
     "PassError",
     "Plan",

@@ -30,8 +30,9 @@ from lrcompile.graph.capture import (
 from lrcompile.graph.inline import inline_regions
 from lrcompile.graph.names import plain_name
 from lrcompile.graph.pipeline import bind_weights, copy_graph, run_passes
+from lrcompile.kernels import launch
 from lrcompile.live import Live
-from lrcompile.passes import PassContext, pass_list
+from lrcompile.passes import KERNELS, PassContext, pass_list
 from lrcompile.recipe import Recipe
 from lrcompile.weights.layers import PairedModule
 from lrcompile.weights.plan import Entry
@@ -63,12 +64,15 @@ class Settings:
         inductor: options for Inductor, as torch.compile's own `options`.
         adopt: False leaves an untouched model as it is and only runs the program passes.
         verify: check every exact pass on the inputs of the first call (slow).
+        kernels: what computes the pairs: "auto" asks the cost model (always Inductor on the CPU), "triton" takes our
+            operators wherever they fit, "inductor" never.
     """
 
     inner: str = "inductor"
     inductor: dict[str, Any] | None = None
     adopt: bool = True
     verify: bool = False
+    kernels: str = "auto"
 
 
 def parse_options(options: dict[str, Any] | None) -> tuple[Settings, Recipe]:
@@ -92,6 +96,8 @@ def parse_options(options: dict[str, Any] | None) -> tuple[Settings, Recipe]:
     settings = Settings(**own)
     if settings.inner not in INNER:
         raise RecipeError(f"inner={settings.inner!r} is not known; choose from {', '.join(INNER)}")
+    if settings.kernels not in KERNELS:
+        raise RecipeError(f"kernels={settings.kernels!r} is not known; choose from {', '.join(KERNELS)}")
     if settings.inductor is not None and settings.inner != "inductor":
         raise RecipeError(f"the option inductor has no effect with inner={settings.inner!r}")
     return settings, recipe or Recipe.from_options(rest)
@@ -127,7 +133,7 @@ def lrcompile(
         names = _names(parameters, roots, recipe)
         inline_regions(gm)
         untouched = copy_graph(gm)
-        ctx = PassContext(recipe, device=_device(example_inputs))
+        ctx = PassContext(recipe, device=_device(example_inputs).type)
         bind_weights([graph], names, ctx)
         decide = [p for p in pass_list(recipe, weights=True, program=False) if p.__name__ != "factorize"]
         run_passes(Capture([graph], names), decide, ctx)
@@ -161,7 +167,9 @@ def _warn_of_another_recipe(parameters: Sequence[nn.Parameter], recipe: Recipe) 
 
 def compile_program(graph: CapturedGraph, settings: Settings, recipe: Recipe, mode: str | None) -> Callable[..., Any]:
     """Program passes, then the inner compiler."""
-    ctx = PassContext(recipe, device=_device(graph.inputs))
+    device = _device(graph.inputs)
+    target = launch.describe(device) if device.type == "cuda" else None
+    ctx = PassContext(recipe, device=device.type, target=target, kernels=settings.kernels)
     run_passes(Capture([graph], {}), pass_list(recipe, weights=False), ctx, verify=settings.verify)
     return _inner(graph.gm, graph.inputs, settings, mode)
 
@@ -284,5 +292,5 @@ def _numbers(models: Iterable[nn.Module]) -> int:
     return sum(p.numel() for p in {id(p): p for m in models for p in m.parameters()}.values())
 
 
-def _device(inputs: Sequence[Any]) -> str:
-    return next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
+def _device(inputs: Sequence[Any]) -> torch.device:
+    return next((x.device for x in inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))

@@ -64,12 +64,16 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help=about, description=about, epilog=_SOURCE, formatter_class=raw)
     _add_recipe(inspect)
     inspect.add_argument(
-        "--show", metavar="PASS", action="append", help="print the diff of a pass (repeat for several)"
+        "--show", metavar="PASS", action="append", help="print the diff of a pass too (repeat for several)"
     )
     inspect.add_argument("--html", metavar="FILE", type=Path, help="write a page with everything")
     inspect.add_argument(
         "--verify", action="store_true", help="run the graph before and after each exact pass and compare"
     )
+    inspect.add_argument(
+        "--target", metavar="GPU", help='show what computes each pair on this GPU of the cost table ("H100"), predicted'
+    )
+    inspect.add_argument("--kernels", choices=("auto", "triton", "inductor"), default="auto", help="force either")
     inspect.set_defaults(run=_inspect)
 
     about = "which weights become pairs, of what rank, and what is saved"
@@ -122,16 +126,16 @@ def _inspect(args: argparse.Namespace) -> int:
     from lrcompile.show import show
 
     model, inputs, recipe = _load(args)
-    report = inspect(model, inputs, recipe, verify=args.verify)
+    report = inspect(model, inputs, recipe, verify=args.verify, target=args.target, kernels=args.kernels)
     known = [stage.name for stage in report.stages]
     for name in args.show or []:
         if name not in known:
             raise LrcompileError(f"no pass {name!r}; there are {', '.join(known)}")
-    if args.show:
-        for name in args.show:
-            print(report[name].diff() or f"{name}: the graph stays as it is")
-    else:
-        show(report)
+    show(report)
+    for name in args.show or []:
+        stage = report[name]
+        # The first stage has nothing to differ from: the graph as it came.
+        print("\n" + (stage.code if stage.before is None else stage.diff() or f"{name}: the graph stays as it is"))
     if args.html:
         _write(args.html, page(report))
         print(f"wrote {args.html}")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lrcompile.errors import KernelError
+
 # The part of a peak that is reached: by the vendor's library, by our Triton code, and of memory bandwidth by both.
 # cuBLAS runs large bf16 products at about three quarters of the H100's dense peak and Triton's own tutorial matmul a
 # little below it; a plain copy reaches 85 to 92 % of the nominal bandwidth on every card of the table.
@@ -141,6 +143,18 @@ def find_device(name: str, arch: str) -> Device | None:
         return None
     typical = _TYPICAL[max(older, key=_number)]
     return next(device for device in DEVICES if device.name == typical)
+
+
+def device_named(name: str) -> Device:
+    """The table's entry called so ("H100").
+
+    Raises:
+        KernelError: there is none; the message lists the names.
+    """
+    for device in DEVICES:
+        if device.name.lower() == name.lower():
+            return device
+    raise KernelError(f"no device {name!r} in the cost table; there are {', '.join(d.name for d in DEVICES)}")
 
 
 def _family(arch: str) -> str:

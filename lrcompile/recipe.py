@@ -24,9 +24,10 @@ class Recipe:
         budget_bytes: bytes of all the model's parameters together, after adoption.
         svd: how the truncated SVD is computed: "full", "randomized", or "auto" (randomized where the rank is a
             small part of a large matrix).
-        include: globs on module or parameter names; a site must match one. Embeddings and output heads are
-            taken only where the last component of a matching glob is spelled out ("lm_head", "*.embed_tokens").
-        exclude: globs on module or parameter names; a matching site stays dense.
+        include: globs; a weight must match one, by its own name, by the module that owns it ("*.q_proj"), or by any
+            module around that ("layers.0", "encoder.*"). Embeddings and output heads are taken only where a glob
+            matches them or their own module, and its last component is spelled out ("lm_head", "*.embed_tokens").
+        exclude: globs, matching likewise; a matching weight stays dense.
         require_saving: leave a site dense where its pair would hold no fewer numbers than the weight.
         passes: passes of the user's own, each placed by its `after` (see `lrcompile.passes.contract`).
 
@@ -106,9 +107,9 @@ class Recipe:
             RecipeError: an unknown key; the message lists the known ones.
         """
         known = [f.name for f in fields(cls)]
-        unknown = sorted(set(options) - set(known))
+        unknown = sorted(repr(name) for name in options if name not in known)
         if unknown:
-            raise RecipeError(f"unknown option {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
+            raise RecipeError(f"unknown option {', '.join(unknown)}; known are {', '.join(known)}")
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,3 +118,23 @@ class Recipe:
         out["include"], out["exclude"] = list(self.include), list(self.exclude)
         out["passes"] = [f"{p.__module__}:{getattr(p, '__qualname__', p)}" for p in self.passes]
         return out
+
+
+def as_recipe(given: Any, example_inputs: Any) -> Recipe:
+    """The Recipe that a function taking (model, example_inputs, recipe) was given; the default for None.
+
+    Raises:
+        RecipeError: something else was given, or the Recipe stands where the example inputs belong.
+    """
+    if isinstance(example_inputs, Recipe):
+        raise RecipeError("the example inputs come before the recipe: pass (model, example_inputs, recipe)")
+    if given is None:
+        return Recipe()
+    if isinstance(given, dict):
+        Recipe.from_options(given)  # what is wrong in it is told first
+        written = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise RecipeError(f"the recipe is a dict; pass lrcompile.Recipe({written})")
+    if not isinstance(given, Recipe):
+        known = ", ".join(f.name for f in fields(Recipe))
+        raise RecipeError(f"the recipe must be a lrcompile.Recipe, got {type(given).__name__}; its fields are {known}")
+    return given

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-import re
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -13,36 +13,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from lrcompile.graph.names import plain_name
+from lrcompile.passes.allocate_ranks import NO_SAVING, tile
 from lrcompile.weights.factor import singular_values
-from lrcompile.words import change, count, fold, fold_lines, size
+from lrcompile.weights.plan import group_name
+from lrcompile.words import change, count, fold_lines, size
 
 if TYPE_CHECKING:
     from lrcompile.graph.inspect import Report
     from lrcompile.graph.stage import Stage
-    from lrcompile.weights.plan import Entry, Plan
+    from lrcompile.weights.plan import Plan
 
 _BARS = "▁▂▃▄▅▆▇█"
+_PLAIN: dict[str, Any] = {
+    "box": box.HORIZONTALS,
+    "title_justify": "left",
+    "header_style": "bold",
+    "show_edge": False,
+    "pad_edge": False,
+    "padding": (0, 1, 0, 0),
+}
 
 # --- a Plan -----------------------------------------------------------------------------------------------------------
-
-
-def plan_groups(plan: Plan) -> list[list[Entry]]:
-    """The entries of a Plan, repeated layers of the same fate together."""
-    groups: dict[Any, list[Entry]] = {}
-    for e in plan.entries:
-        pattern = re.sub(r"\b\d+\b", "#", " = ".join(e.names))
-        groups.setdefault((pattern, e.shape, e.rank, e.reason), []).append(e)
-    return list(groups.values())
-
-
-def group_name(group: Sequence[Entry]) -> str:
-    """The folded names of one group, ".weight" dropped, tied names joined."""
-    columns = [fold(e.names[i].removesuffix(".weight") for e in group) for i in range(len(group[0].names))]
-    return " = ".join(", ".join(column) for column in columns[:3]) + (" = …" if len(columns) > 3 else "")
 
 
 def plan_table(plan: Plan, spectra: dict[str, torch.Tensor] | None = None, tokens: int | None = None) -> RenderableType:
@@ -53,38 +49,57 @@ def plan_table(plan: Plan, spectra: dict[str, torch.Tensor] | None = None, token
         spectra: entry key -> its singular values, for a picture of them.
         tokens: rows in the example inputs, to give FLOPs a token; else FLOPs of the whole example.
     """
-    table = Table(title="Plan", title_justify="left", header_style="bold", expand=False)
+    table = Table(title="Plan", **_PLAIN)
     table.add_column("weights", overflow="fold")
-    for name in ("shape", "rank", "numbers", "kept", "of model"):
-        table.add_column(name, justify="right", no_wrap=name != "numbers")
+    for name in ("shape", "rank", "numbers", "of model"):
+        table.add_column(name, justify="right", no_wrap=True)
     before, after = plan.parameters
     seen = 0
-    for group in plan_groups(plan):
+    for group in plan.groups():
         e, dense, now = group[0], sum(e.dense_numel for e in group), sum(e.numel for e in group)
         seen += dense
-        label = Text(group_name(group) + (f"  ×{len(group)}" if len(group) > 1 else ""), style="" if e.rank else "dim")
+        label = Text(group_name(group), style="" if e.rank else "dim")
         if e.rank is None:
             label.append(f"\n{e.reason}", style="italic dim")
         rank = Text(str(e.rank), style="bold green") if e.rank is not None else Text("dense", style="dim")
-        kept = f"{now / dense:.0%}" if e.rank is not None else ""
-        table.add_row(
-            label, "x".join(map(str, e.shape)), rank, change(dense, now).split(" (")[0], kept, f"{now / after:.1%}"
-        )
+        shape = "x".join(map(str, e.shape)) + (f" ×{len(group)}" if len(group) > 1 else "")
+        table.add_row(label, shape, rank, _arrow(dense, now), f"{now / after:.1%}")
     if before - seen > 0:
-        table.add_row(
-            Text("norms, biases and all else", style="dim"),
-            "",
-            "",
-            count(before - seen),
-            "",
-            f"{(before - seen) / after:.1%}",
-        )
-    parts: list[RenderableType] = [table, _plan_totals(plan, tokens)]
+        rest = Text("norms, biases and all else", style="dim")
+        table.add_row(rest, "", "", count(before - seen), f"{(before - seen) / after:.1%}")
+    parts: list[RenderableType] = [table, Text(""), _plan_totals(plan, tokens)]
+    if asked := asked_note(plan):
+        parts.append(Text(asked, style="yellow"))
     if plan.breaks:
         parts.append(breaks_note(plan.breaks))
     if spectra:
         parts.append(spectra_table(plan, spectra))
     return Group(*parts)
+
+
+def _arrow(before: float, after: float, write: Any = count) -> str:
+    return change(before, after, write).split(" (")[0]
+
+
+def asked_note(plan: Plan) -> str:
+    """What was asked and what was got, where the two differ; "" where they don't."""
+    ranks = [e.rank for e in plan.pairs if e.rank is not None]
+    asked, got = "", ""
+    if (compression := plan.recipe.get("compression")) is not None:
+        asked, got = f"compression {compression:.2f}", f"{plan.compression:.2f}"
+    elif (ratio := plan.recipe.get("rank_ratio")) is not None:
+        found = [e.rank / min(e.shape) for e in plan.pairs if e.rank is not None] or [ratio]
+        low, high = f"{min(found):.3g}", f"{max(found):.3g}"
+        asked, got = f"rank_ratio {ratio:.3g}", low if low == high else f"{low} to {high}"
+    elif (budget := plan.recipe.get("budget_bytes")) is not None:
+        asked, got = f"budget_bytes {budget:,}", f"{plan.bytes[1]:,}"
+    if not ranks or asked.rpartition(" ")[2] == got:
+        return ""
+    tiles = sorted({tile(rank) for rank in ranks} - {1})
+    why = f"multiples of {' and '.join(map(str, tiles))}" if tiles else "whole numbers"
+    dense = any(e.reason.startswith(NO_SAVING) for e in plan.entries)
+    more = "; weights that a pair would not make smaller stay dense" if dense else ""
+    return f"asked {asked}, got {got}: ranks are rounded to {why}{more}"
 
 
 def _plan_totals(plan: Plan, tokens: int | None) -> Table:
@@ -95,11 +110,11 @@ def _plan_totals(plan: Plan, tokens: int | None) -> Table:
     grid.add_row(
         "compression",
         f"{plan.compression:.2f}x",
-        f"{len(pairs)} of {len(plan.entries)} weights become pairs: {change(*factored).split(' (')[0]} numbers",
+        f"{len(pairs)} of {len(plan.entries)} weights become pairs: {_arrow(*factored)} numbers",
     )
     grid.add_row("numbers", f"{before / after:.2f}x", f"{before:,} → {after:,} in the whole model")
     grid.add_row("bytes", f"{stored[0] / stored[1]:.2f}x", f"{size(stored[0])} → {size(stored[1])} as stored")
-    per = "a token" if tokens else "one call on the example inputs"
+    per = "a token" if tokens else "the example inputs"
     shown = [f / (tokens or 1) for f in flops]
     if flops[1]:
         grid.add_row(
@@ -110,7 +125,8 @@ def _plan_totals(plan: Plan, tokens: int | None) -> Table:
 
 def breaks_note(breaks: Sequence[str]) -> Text:
     """Where the trace broke."""
-    text = Text(f"note: the trace broke {len(breaks)} time(s); the graphs are planned together", style="yellow")
+    times = "once" if len(breaks) == 1 else f"{len(breaks)} times"
+    text = Text(f"note: the trace broke {times}; the graphs are planned together", style="yellow")
     for why in breaks:
         first = next((line.strip() for line in why.splitlines() if line.strip()), "")
         text.append(f"\n  {first[:160]}", style="dim")
@@ -125,7 +141,7 @@ def middle_spectra(model: torch.nn.Module, plan: Plan) -> dict[str, torch.Tensor
     parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     if any(p.is_meta for p in parameters.values()):
         return {}
-    groups = [group for group in plan_groups(plan) if group[0].rank is not None]
+    groups = [group for group in plan.groups() if group[0].rank is not None]
     chosen = [group[len(group) // 2] for group in groups]
     return {e.key: singular_values(parameters[e.key]) for e in chosen}
 
@@ -152,40 +168,38 @@ def sparkline(values: torch.Tensor, rank: int, width: int = 48) -> Text:
 
 def spectra_table(plan: Plan, spectra: dict[str, torch.Tensor]) -> Table:
     """A line for each weight whose singular values are given."""
-    table = Table(title="Singular values (linear; │ marks the rank)", title_justify="left", header_style="bold")
-    for name in ("weight", "spectrum", "energy kept", "error"):
-        table.add_column(name, justify="left" if name in ("weight", "spectrum") else "right")
+    table = Table(title="\nSingular values (linear; │ marks the rank)", **_PLAIN)
+    for name in ("weight", "energy kept", "error"):
+        table.add_column(name, justify="left" if name == "weight" else "right", overflow="fold")
     for e in plan.pairs:
         if e.key in spectra and e.rank is not None:
             kept = energy(spectra[e.key], e.rank)
-            line = sparkline(spectra[e.key], e.rank)
-            table.add_row(e.key.removesuffix(".weight"), line, f"{kept:.1%}", f"{math.sqrt(max(0.0, 1 - kept)):.3f}")
+            label = Text(e.key.removesuffix(".weight") + "\n").append_text(sparkline(spectra[e.key], e.rank))
+            table.add_row(label, f"{kept:.1%}", f"{math.sqrt(max(0.0, 1 - kept)):.3f}")
     return table
 
 
 # --- a Report ---------------------------------------------------------------------------------------------------------
 
 
+# A pass's figures in one line of fixed widths, 78 in all; what it did beneath, as wide as the terminal is.
+_WIDTHS = {"pass": 19, "parameters": 10, "bytes": 8, "FLOPs": 8, "saved": 8, "numerics": 13, "time": 6}
+_FIGURES: tuple[tuple[str, Any], ...] = (("parameters", count), ("bytes", size), ("flops", count), ("saved", size))
+
+
 def report_table(report: Report) -> RenderableType:
-    """The passes, one a row; then the errors of the pairs."""
-    table = Table(
-        title="What every pass did", title_justify="left", header_style="bold", box=box.HORIZONTALS, show_lines=True
-    )
-    table.add_column("pass", overflow="fold", ratio=1)
-    for name in ("exact?", "parameters", "bytes", "FLOPs", "saved", "error", "time"):
-        table.add_column(name, justify="right")
+    """The passes, their figures and what they did; then the errors of the pairs."""
+    rule = Text("─" * (sum(_WIDTHS.values()) + len(_WIDTHS) - 1), style="dim", no_wrap=True, overflow="crop")
+    parts: list[RenderableType] = [Text("What every pass did", style="italic"), _line(*_WIDTHS, style="bold"), rule]
     before: Stage | None = None
     for stage in report.stages:
-        cells = [("parameters", count), ("bytes", size), ("flops", count), ("saved", size)]
-        table.add_row(
-            _what(stage),
-            "" if before is None else Text("exact", "green") if stage.exact else Text("approx.", "yellow"),
-            *(_cell(before, stage, name, write) for name, write in cells),
-            error_text(stage).replace(" (", "\n("),
-            f"{stage.seconds:.2f} s" if before else "",
-        )
+        figures = [_figure(before, stage, name, write) for name, write in _FIGURES]
+        took = f"{stage.seconds:.2f} s" if before else ""
+        parts += [_line(Text(stage.name, style="bold"), *figures, _numerics(stage), took), _what(stage)]
         before = stage
-    parts: list[RenderableType] = [table, _legend(report)]
+    ends = [(getattr(report.stages[0], name), getattr(report.stages[-1], name)) for name, _ in _FIGURES]
+    parts += [rule, _line("before / after", *(f"{was / now:.2f}x" if now else "" for was, now in ends), style="bold")]
+    parts += [Text(""), _legend(report)]
     if report.breaks:
         parts.append(breaks_note(report.breaks))
     if report.errors:
@@ -193,20 +207,28 @@ def report_table(report: Report) -> RenderableType:
     return Group(*parts)
 
 
-def _what(stage: Stage) -> Text:
-    """The pass, what it changed and to which sites, what it left alone."""
-    what = Text(stage.name, style="bold")
+def _line(*cells: str | Text, style: str = "") -> Table:
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    for name, width in _WIDTHS.items():
+        left = name in ("pass", "numerics")
+        grid.add_column(width=width, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+    grid.add_row(*cells, style=style)
+    return grid
+
+
+def _what(stage: Stage) -> RenderableType:
+    """What a pass changed and to which sites, what it left alone."""
     changed, notes = fold_lines(stage.changed), fold_lines(stage.notes)
-    for line in changed[:6]:
-        what.append(f"\n{line}", style="not bold")
+    lines = [Text(line) for line in changed[:6]]
     if len(changed) > 6:
-        what.append(f"\nand {len(changed) - 6} more kinds of change", style="not bold dim")
-    for line in notes[:4]:
-        what.append(f"\n{line}", style="not bold italic dim")
+        lines.append(Text(f"and {len(changed) - 6} more kinds of change", style="dim"))
+    lines += [Text(line, style="italic dim") for line in notes[:4]]
+    if len(notes) > 4:
+        lines.append(Text(f"and {len(notes) - 4} more kinds of note", style="italic dim"))
     if stage.before is None:
-        nodes = sum(len(gm.graph.nodes) for gm in stage.graphs)
-        what.append(f"\n{len(stage.graphs)} graph(s), {nodes} nodes", style="not bold")
-    return what
+        nodes, graphs = sum(len(gm.graph.nodes) for gm in stage.graphs), len(stage.graphs)
+        lines.append(Text(f"{graphs} graph{'s' if graphs > 1 else ''}, {nodes} nodes"))
+    return Group(*(Padding(line, (0, 0, 0, 2), expand=False) for line in lines))
 
 
 def error_text(stage: Stage) -> str:
@@ -218,21 +240,31 @@ def error_text(stage: Stage) -> str:
     return "not measured (meta)" if stage.error is None else f"{stage.error:.3g}"
 
 
-def _cell(before: Stage | None, stage: Stage, name: str, write: Any) -> Text:
+def _numerics(stage: Stage) -> Text:
+    """Whether a pass keeps the numerics; the error of one that doesn't."""
+    if stage.before is None:
+        return Text("")
+    if stage.exact:
+        return Text(error_text(stage) or "exact", style="green")
+    return Text("approx." + (f" {stage.error:.3g}" if stage.error is not None else ""), style="yellow")
+
+
+def _figure(before: Stage | None, stage: Stage, name: str, write: Any) -> Text:
     now = getattr(stage, name)
     if before is None:
         return Text(write(now))
-    was = getattr(before, name)
-    return Text("=", style="dim") if was == now else Text(f"{write(was)}\n→ {write(now)}", style="bold")
+    return Text("=", style="dim") if getattr(before, name) == now else Text(write(now), style="bold")
 
 
 def _legend(report: Report) -> Text:
     first, last = report.stages[0], report.stages[-1]
     text = Text(f"whole model: {first.model_parameters:,} → {last.model_parameters:,} parameters, ")
     text.append(f"{size(first.model_bytes)} → {size(last.model_bytes)}\n")
+    error = "relative, of the outputs, against the pass before"
     text.append(
-        "parameters, bytes: what the graphs read · FLOPs: one forward on the example inputs · saved: bytes autograd keeps for "
-        "backward, parameters and inputs aside · error: relative, of the outputs, against the stage before · = unchanged",
+        "figures after each pass, = where it changes nothing · parameters, bytes: what the graphs read · FLOPs: one forward "
+        "on the example inputs · saved: bytes autograd keeps for backward, parameters and inputs aside · error of an "
+        f"approximating pass: {error if report.measurable else 'not measured, the model has no numbers (meta)'}",
         style="dim",
     )
     return text
@@ -240,10 +272,10 @@ def _legend(report: Report) -> Text:
 
 def errors_table(report: Report) -> Table:
     """Relative weight errors, repeated layers in one line."""
-    table = Table(title="Relative error of the weights, ‖W − BA‖ / ‖W‖", title_justify="left", header_style="bold")
+    table = Table(title="\nRelative error of the weights, ‖W − BA‖ / ‖W‖", **_PLAIN)
     for name in ("weights", "rank", "least", "mean", "most"):
         table.add_column(name, justify="left" if name == "weights" else "right", overflow="fold")
-    for group in plan_groups(report.plan):
+    for group in report.plan.groups():
         found = [report.errors[e.key] for e in group if e.key in report.errors]
         if found:
             low, mean, high = (f"{x:.4f}" for x in (min(found), sum(found) / len(found), max(found)))
@@ -251,15 +283,23 @@ def errors_table(report: Report) -> Table:
     return table
 
 
+def terminal_width() -> int:
+    """Columns to print in: of the terminal, or what COLUMNS says; 120 where there is neither."""
+    told = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return shutil.get_terminal_size((120, 24)).columns if told else 120
+
+
 def show(content: Any) -> None:
-    """Print to the terminal; in 120 columns where there is none."""
-    Console(width=None if sys.stdout.isatty() else 120).print(content)
+    """Print to the terminal; without colours where there is none."""
+    if sys.stdout.isatty():
+        Console().print(content)
+    else:
+        print(as_text(content))
 
 
 def as_text(content: RenderableType, width: int | None = None) -> str:
-    """What rich would print, without colours; in 120 columns where there is no terminal."""
-    if width is None:
-        width = shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
+    """What rich would print, without colours."""
     out = io.StringIO()
+    width = width or terminal_width()
     Console(file=out, width=width, color_system=None, force_terminal=False, legacy_windows=False).print(content)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

@@ -16,7 +16,7 @@ from __future__ import annotations
 from lrcompile.errors import RecipeError
 from lrcompile.passes.allocate_ranks import allocate_ranks
 from lrcompile.passes.canonicalize import canonicalize
-from lrcompile.passes.contract import PassContext, PassFunction, PassResult, Weight, graph_pass
+from lrcompile.passes.contract import KERNELS, PassContext, PassFunction, PassResult, Weight, graph_pass
 from lrcompile.passes.factorize import factorize
 from lrcompile.passes.lower import lower
 from lrcompile.passes.reassociate import reassociate
@@ -24,6 +24,7 @@ from lrcompile.passes.select import select
 from lrcompile.recipe import Recipe
 
 __all__ = [
+    "KERNELS",
     "PASSES",
     "PassContext",
     "PassFunction",

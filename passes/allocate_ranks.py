@@ -7,12 +7,15 @@ the total, roundings included, fits the dial.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import fx
 
 from lrcompile.errors import PlanError
 from lrcompile.passes.contract import PassContext, PassResult, Weight, graph_pass
+
+NO_SAVING = "a pair of rank"  # how the reason begins of a weight that stays dense because its pair would be no smaller
 
 
 @graph_pass(exact=True, weight_pass=True)
@@ -41,8 +44,13 @@ def round_to_tile(rank: float, limit: int) -> int:
 
     Tensor cores eat 16 at a time; below 64 a step of 16 would miss the dial by more than it gains.
     """
-    tile = 64 if rank >= 1024 else 16 if rank >= 64 else 8 if rank >= 24 else 1
-    return max(1, min(limit, int(rank / tile + 0.5) * tile))
+    step = tile(rank)
+    return max(1, min(limit, int(rank / step + 0.5) * step))
+
+
+def tile(rank: float) -> int:
+    """What a rank of this size is a multiple of."""
+    return 64 if rank >= 1024 else 16 if rank >= 64 else 8 if rank >= 24 else 1
 
 
 def _limit(weight: Weight) -> int:
@@ -52,12 +60,13 @@ def _limit(weight: Weight) -> int:
 def _allocate(chosen: list[Weight], ctx: PassContext) -> None:
     recipe = ctx.recipe
     if recipe.rank is not None:
-        for w in chosen:
-            if recipe.rank > _limit(w):
-                raise PlanError(
-                    f"rank={recipe.rank} is above min(in, out) = {_limit(w)} of {w.key} ({w.out_features}x{w.in_features}); "
-                    f"ask for at most {min(map(_limit, chosen))}, or exclude it"
-                )
+        smallest = min(chosen, key=_limit)
+        if recipe.rank > _limit(smallest):
+            raise PlanError(
+                f"rank={recipe.rank} is above min(in, out) = {_limit(smallest)} of {smallest.key} "
+                f"({smallest.out_features}x{smallest.in_features}), the smallest selected weight; "
+                f"ask for at most {_limit(smallest)}, or exclude it"
+            )
         _assign(chosen, ctx, lambda w: recipe.rank)
     elif recipe.rank_ratio is not None:
         ratio = recipe.rank_ratio
@@ -95,15 +104,15 @@ def _search(chosen: list[Weight], ctx: PassContext, target: float, unit: Callabl
     if total(0.0) > target:
         least = total(0.0)
         if ctx.recipe.compression is not None:
-            most = sum(w.numel for w in chosen) / least
+            most = math.floor(100 * sum(w.numel for w in chosen) / least) / 100  # down: what is named can be had
             raise PlanError(
-                f"compression={ctx.recipe.compression} can't be reached: rank 1 everywhere gives {most:.4g}"
+                f"compression={ctx.recipe.compression} can't be reached: the most is {most}, with rank 1 everywhere"
             )
         assert ctx.recipe.budget_bytes is not None
         need = ctx.recipe.budget_bytes - target + least
         raise PlanError(
-            f"budget_bytes={ctx.recipe.budget_bytes} can't be met: rank 1 everywhere needs {int(need)} bytes; "
-            "include more weights, or raise the budget"
+            f"budget_bytes={ctx.recipe.budget_bytes} can't be met: the least is {math.ceil(need)} bytes, with rank 1 "
+            "everywhere; include more weights, or raise the budget"
         )
     low, high = (
         0.0,
@@ -122,7 +131,7 @@ def _assign(chosen: list[Weight], ctx: PassContext, rank: Callable[[Weight], int
         r = rank(w)
         assert r is not None
         if ctx.recipe.require_saving and w.pair_numel(r) >= w.numel:
-            w.reason = f"a pair of rank {r} would hold {w.pair_numel(r)} numbers, not fewer than {w.numel}"
+            w.reason = f"{NO_SAVING} {r} would hold {w.pair_numel(r)} numbers, not fewer than {w.numel}"
             w.selected = False
         else:
             w.rank = r

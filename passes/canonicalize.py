@@ -1,37 +1,31 @@
 """canonicalize: every matrix product with a parameter in it becomes F.linear(x, matrix, bias), whatever its spelling.
 
-Exact. Known spellings: F.linear; addmm (GPT-2's Conv1D); matmul, mm, @; einsum of two operands;
-F.multi_head_attention_forward, which hides two products and is opened. Fills `ctx.weights`.
+Exact. The spellings stand in spellings.py; F.multi_head_attention_forward, which hides two products, is opened first.
+Lists in `ctx.weights` how each weight is used: by products, by anything else, and whether something writes to it.
 """
 
 from __future__ import annotations
 
-import operator
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
+from lrcompile.passes.chains import in_transform, readers, storages, target_name, value, written
 from lrcompile.passes.contract import PassContext, PassResult, graph_pass
 from lrcompile.passes.graphs import (
     Scope,
     Site,
-    argument,
     drop_dead,
-    emit,
-    is_parameter,
     linear_fn,
     module_name,
     pair_product,
+    rows_of,
     scopes,
     sites,
-    trace_matrix,
-    value,
 )
 from lrcompile.passes.open_attention import OPENED, open_attention
-
-_MATMULS = {"matmul", "mm", "__matmul__"}
+from lrcompile.passes.spellings import rewrite
 
 
 @graph_pass(exact=True)
@@ -51,12 +45,9 @@ def canonicalize(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         for node in list(scope.gm.graph.nodes):
             if node.target in (linear_fn, F.linear, F.embedding):
                 _by_position(node)
-            new, spelling = _to_linear(scope, node)
+            new, spelling = rewrite(scope, node)
             if new is None:
                 continue
-            before, after = value(node), value(new)
-            if before.is_contiguous() and before.stride() != after.stride():
-                new = emit(scope, node, "contiguous", new)  # what follows was traced for this layout: a view, say
             node.replace_all_uses_with(new)
             scope.gm.graph.erase_node(node)
             result.changed.append(f"{module_name(new)}: {spelling} -> linear")
@@ -72,99 +63,6 @@ def _by_position(node: fx.Node) -> None:
     names = ("input", "weight") if node.target is F.embedding else ("input", "weight", "bias")
     args = [*node.args, *(kwargs.pop(name) for name in names[len(node.args) :] if name in kwargs)]
     node.args, node.kwargs = tuple(args), kwargs
-
-
-def _to_linear(scope: Scope, node: fx.Node) -> tuple[fx.Node | None, str]:
-    if node.op not in ("call_function", "call_method"):
-        return None, ""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name == "addmm":
-        return _addmm(scope, node), "addmm"
-    if name in _MATMULS or node.target is operator.matmul:
-        return _matmul(scope, node), "matmul"
-    if name == "einsum":
-        return _einsum(scope, node), "einsum"
-    return None, ""
-
-
-def _from_parameter(scope: Scope, node: Any) -> bool:
-    """Whether a 2-D operand is a parameter, or a product of two (an adopted weight), behind casts and the like."""
-    if not isinstance(node, fx.Node) or not isinstance(value(node), torch.Tensor) or value(node).dim() != 2:
-        return False
-    source = trace_matrix(node).source
-    if pair_product(scope, source):
-        return True
-    return is_parameter(scope, source)
-
-
-def _addmm(scope: Scope, node: fx.Node) -> fx.Node | None:
-    bias, x, matrix = (argument(node, i, n) for i, n in enumerate(("input", "mat1", "mat2")))
-    plain = argument(node, 9, "beta", 1) == 1 and argument(node, 9, "alpha", 1) == 1
-    if not plain or len(node.args) != 3 or not _from_parameter(scope, matrix):
-        return None
-    if value(bias).dim() != 1 or value(bias).shape[0] != value(matrix).shape[1]:
-        return None
-    return _linear(scope, node, "addmm", x, matrix, transpose=True, bias=bias)
-
-
-def _matmul(scope: Scope, node: fx.Node) -> fx.Node | None:
-    if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args) or node.kwargs:
-        return None
-    left, right = node.args
-    if pair_product(scope, node):
-        return None  # the weight itself
-    if _from_parameter(scope, right) and value(left).dim() >= 2:
-        return _linear(scope, node, "matmul", left, right, transpose=True)
-    if _from_parameter(scope, left) and value(right).dim() >= 2:
-        x = emit(scope, node, "transpose", right, -2, -1)
-        y = _linear(scope, node, "matmul", x, left, transpose=False)
-        return emit(scope, node, "transpose", y, -2, -1)
-    return None
-
-
-def _einsum(scope: Scope, node: fx.Node) -> fx.Node | None:
-    """Two operands, one a 2-D parameter, one contracted index: permute, multiply, permute back."""
-    operands = node.args[1:]
-    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
-        operands = tuple(operands[0])
-    equation = node.args[0]
-    if len(operands) != 2 or not isinstance(equation, str) or "->" not in equation:
-        return None
-    inputs, output = equation.replace(" ", "").split("->")
-    indices = inputs.split(",")
-    if _from_parameter(scope, operands[0]):
-        operands, indices = operands[::-1], indices[::-1]
-    if not _from_parameter(scope, operands[1]) or not isinstance(operands[0], fx.Node):
-        return None
-    x, matrix = operands
-    x_axes, w_axes = indices
-    rank_of_dots = value(x).dim() - len(x_axes.replace("...", ""))
-    free = [c for c in "ABCDEFGHIJKLMNOP" if c not in equation][:rank_of_dots]
-    x_axes, output = x_axes.replace("...", "".join(free)), output.replace("...", "".join(free))
-    contracted = [c for c in w_axes if c in x_axes and c not in output]
-    new = [c for c in w_axes if c in output and c not in x_axes]
-    letters = [*x_axes, *w_axes]
-    if len(w_axes) != 2 or len(contracted) != 1 or len(new) != 1 or any(letters.count(c) > 2 for c in letters):
-        return None
-    kept = [c for c in x_axes if c != contracted[0]]
-    if sorted([*kept, *new]) != sorted(output) or len(set(output)) != len(output):
-        return None
-    order = [x_axes.index(c) for c in [*kept, contracted[0]]]
-    if order != list(range(len(order))):
-        x = emit(scope, node, "permute", x, *order)
-    y = _linear(scope, node, "einsum", x, matrix, transpose=w_axes[0] == contracted[0])
-    back = [[*kept, new[0]].index(c) for c in output]
-    return y if back == list(range(len(back))) else emit(scope, node, "permute", y, *back)
-
-
-def _linear(
-    scope: Scope, node: fx.Node, spelling: str, x: Any, matrix: Any, *, transpose: bool, bias: fx.Node | None = None
-) -> fx.Node:
-    if transpose:
-        matrix = emit(scope, node, "t", matrix)
-    new = emit(scope, node, linear_fn, x, matrix, bias)
-    new.meta["lr_spelling"] = spelling
-    return new
 
 
 # --- the list of weights ----------------------------------------------------------------------------------------------
@@ -183,22 +81,85 @@ def _list_weights(gm: fx.GraphModule, ctx: PassContext, result: PassResult) -> N
         products = [site for site in uses if site.kind != "embedding"]
         if products:
             weight.stored_in_out = products[0].chain.transposed
-            weight.tokens += sum(_rows(site.x) for site in products)
+            weight.tokens += sum(rows_of(site.x) for site in products)
         if downstream is not None and any(_looks_like_head(site, downstream) for site in products):
             weight.head = True
-    for node in gm.graph.find_nodes(op="placeholder"):
-        key = node.meta.get("lr_weight")
-        if key and node not in used and node.users and ctx.weights[key].kinds == []:
-            targets = sorted({str(getattr(u.target, "__name__", u.target)) for u in node.users})
-            ctx.weights[key].reason = f"not read by a matrix product (by {', '.join(targets)})"
-            result.notes.append(f"{key}: {ctx.weights[key].reason}")
+    for leaf, names in _writers(gm).items():
+        weight = ctx.weights[leaf.meta["lr_weight"]]
+        weight.writers = sorted({*weight.writers, *names})
+    read = _other_readers(gm, {site.node: site for uses in used.values() for site in uses})
+    for leaf, names in read.items():
+        weight = ctx.weights[leaf.meta["lr_weight"]]
+        weight.readers = sorted({*weight.readers, *names})
+    for key in dict.fromkeys(leaf.meta["lr_weight"] for leaf in read):
+        weight, others = ctx.weights[key], ", ".join(ctx.weights[key].readers)
+        if weight.writers:
+            continue  # it stays dense for that
+        weight.reason = "" if weight.kinds else f"not read by a matrix product (by {others})"
+        result.notes.append(f"{key}: {weight.reason or f'also read by {others}'}")
 
 
-def _rows(x: fx.Node) -> int:
-    rows = 1
-    for size in value(x).shape[:-1]:
-        rows *= size if isinstance(size, int) else size.node.hint
-    return rows
+def _other_readers(gm: fx.GraphModule, known: dict[fx.Node, Site]) -> dict[fx.Node, set[str]]:
+    """The weights' placeholders -> what reads them, here or in a sub-graph, that is none of the known sites."""
+    found: dict[fx.Node, set[str]] = {}
+    every = list(scopes(gm))
+    bodies = {call: (scope, first) for scope in every for call, first in scope.calls}
+    for scope in every:
+        for placeholder in scope.placeholders:
+            leaf = scope.root(placeholder)
+            if leaf is None or not leaf.meta.get("lr_weight"):
+                continue
+            for reader, operand in readers(placeholder):
+                if reader in bodies and _handed_down(reader, operand, leaf, *bodies[reader]):
+                    continue  # what its body does with it is seen there
+                site = known.get(reader)
+                as_matrix = site is not None and (site.kind == "embedding" or site.x is not operand)
+                if not as_matrix and operand not in written(reader):
+                    for name in _reader_name(scope, reader):
+                        found.setdefault(leaf, set()).add(name)
+    return found
+
+
+def _handed_down(call: fx.Node, operand: fx.Node, leaf: fx.Node, body: Scope, first: int) -> bool:
+    places = [i - first for i, given in enumerate(call.args) if given is operand]
+    return all(i >= 0 and body.root(body.placeholders[i]) is leaf for i in places)
+
+
+def _reader_name(scope: Scope, reader: fx.Node) -> list[str]:
+    """How a reader is told; nothing where it only asks for a size, a device."""
+    if reader.op == "output":
+        return ["the output"]
+    if in_transform(reader):
+        return [f"{_plain(reader)} inside a transform of torch.func"]
+    if pair_product(scope, reader):
+        return ["matmul with another weight"]
+    if reader.target in (linear_fn, F.linear):
+        return ["linear as its input"]
+    higher_order = isinstance(reader.target, torch._ops.HigherOrderOperator)
+    tensors = any(isinstance(t, torch.Tensor) for t in tree_leaves(value(reader)))
+    return [_plain(reader)] if tensors or higher_order else []
+
+
+def _plain(node: fx.Node) -> str:
+    name = str(node.args[1]) if node.target is getattr else target_name(node) or str(node.target)
+    return {"_get_data_attr": "data"}.get(name, name)
+
+
+def _writers(gm: fx.GraphModule) -> dict[fx.Node, set[str]]:
+    """The weights' placeholders -> what writes to their memory, here or in a sub-graph, through whatever views."""
+    owners: dict[int, set[fx.Node]] = {}
+    found: dict[fx.Node, set[str]] = {}
+    for scope in scopes(gm):
+        for i, placeholder in enumerate(scope.placeholders):
+            own = {placeholder} if scope.parent is None and placeholder.meta.get("lr_weight") else set()
+            given = [call.args[first + i] for call, first in scope.calls]
+            own = own.union(*(owners.get(s, ()) for operand in given for s in storages(operand)))
+            for s in storages(placeholder) if own else ():
+                owners[s] = owners.get(s, set()) | own
+        for node in scope.gm.graph.nodes:
+            for leaf in {leaf for operand in written(node) for s in storages(operand) for leaf in owners.get(s, ())}:
+                found.setdefault(leaf, set()).add(_plain(node))
+    return found
 
 
 def _reaches_a_site(gm: fx.GraphModule, used: dict[fx.Node, list[Site]]) -> set[fx.Node]:

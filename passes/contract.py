@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from lrcompile.cost import Device
 from lrcompile.recipe import Recipe
 
 
@@ -26,6 +27,8 @@ class Weight:
         stored_in_out: whether it is stored (in_features, out_features), as Conv1D's; else (out_features, in_features).
         kinds: how each use spelled the product ("linear", "addmm", "embedding", ...).
         tokens: rows multiplied in one call of the model, over all uses.
+        readers: what else reads it in the graphs, by name.
+        writers: what writes to it in the graphs, by name: such a weight can't be a product.
         head: whether the graph looks like a use as output head.
         selected: whether a pair is wanted; `reason` says why not.
         rank: the pair's rank, None where the weight stays dense.
@@ -37,6 +40,8 @@ class Weight:
     stored_in_out: bool = False
     kinds: list[str] = field(default_factory=list)
     tokens: int = 0
+    readers: list[str] = field(default_factory=list)
+    writers: list[str] = field(default_factory=list)
     head: bool = False
     selected: bool = False
     reason: str = ""
@@ -62,10 +67,14 @@ class Weight:
         """Numbers in a pair of this rank: rank * (in_features + out_features)."""
         return rank * (self.out_features + self.in_features)
 
-    def matches(self, glob: str) -> bool:
-        """Whether a glob matches one of its names or the module that owns it."""
-        owners = (name.rpartition(".")[0] for name in self.names)
-        return any(fnmatch.fnmatchcase(n, glob) for n in (*self.names, *owners))
+    def matches(self, glob: str, *, itself: bool = False) -> bool:
+        """Whether a glob matches one of its names, the module that owns it, or (unless `itself`) any module around that."""
+        parts = [name.split(".") for name in self.names]
+        called = {".".join(p[:n]) for p in parts for n in range(max(1, len(p) - 1) if itself else 1, len(p) + 1)}
+        return any(fnmatch.fnmatchcase(name, glob) for name in called)
+
+
+KERNELS = ("auto", "triton", "inductor")
 
 
 @dataclass
@@ -78,6 +87,8 @@ class PassContext:
         other_bytes: bytes of all parameters of the model that are no Weight here; None where unknown.
         device: where the lowered graph will run ("cpu", "cuda", "meta").
         last: whether the graph at hand is the last of the model's call.
+        target: the device of the cost table that the graph will run on; None: the CPU, or unknown.
+        kernels: "auto" (the cost model decides), "triton" (our operators wherever they fit), "inductor" (never).
     """
 
     recipe: Recipe
@@ -85,6 +96,8 @@ class PassContext:
     other_bytes: int | None = None
     device: str = "cpu"
     last: bool = True
+    target: Device | None = None
+    kernels: str = "auto"
 
 
 @dataclass

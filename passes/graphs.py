@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from lrcompile.passes.chains import PURE, Chain, in_place, target_name, trace_matrix, value
+from lrcompile.passes.chains import PURE, Chain, argument, in_transform, target_name, trace_matrix, value, written
 
 linear_fn = torch._C._nn.linear  # what Dynamo writes for F.linear
 
@@ -136,7 +137,7 @@ def drop_dead(gm: fx.GraphModule) -> None:
     for node in reversed(gm.graph.nodes):
         name = target_name(node)
         pure = node.op in ("call_function", "call_method") and (node.meta.get("lr_written") or name in PURE)
-        if pure and not node.users and not node.is_impure() and not in_place(node):
+        if pure and not node.users and not node.is_impure() and not written(node):
             gm.graph.erase_node(node)
 
 
@@ -184,26 +185,49 @@ class Site:
         return self.scope.root(self.chain.source)
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument given by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+def rows_of(x: fx.Node) -> int:
+    """Rows of an operand (..., features), all leading dimensions together; a dynamic size counts as in this call."""
+    rows = 1
+    for size in value(x).shape[:-1]:
+        rows *= size if isinstance(size, int) else int(size.node.hint)
+    return rows
 
 
 def sites(gm: fx.GraphModule) -> Iterator[Site]:
-    """The canonical products of a graph and its sub-graphs whose matrix operand is a tensor of the graph."""
+    """The canonical products of a graph and its sub-graphs whose matrix operand is a tensor of the graph.
+
+    Not those inside a transform of torch.func (vmap), where nothing can be written anew.
+    """
     for scope in scopes(gm):
         for node in list(scope.gm.graph.nodes):
-            if node.op != "call_function":
+            if node.op == "call_function" and node.target in (linear_fn, F.linear):
+                matrix, kind = argument(node, 1, "weight"), node.meta.get("lr_spelling", "linear")
+            elif node.op == "call_function" and node.target is F.embedding:
+                matrix, kind = argument(node, 1, "weight"), "embedding"
+            elif looks_up_rows(node):
+                matrix, kind = node.args[0], "embedding"
+            else:
                 continue
-            if node.target in (linear_fn, F.linear):
-                yield Site(
-                    scope,
-                    node,
-                    trace_matrix(argument(node, 1, "weight")),
-                    node.meta.get("lr_spelling", "linear"),
-                )
-            elif node.target is F.embedding:
-                yield Site(scope, node, trace_matrix(argument(node, 1, "weight")), "embedding")
+            if in_transform(node):
+                continue
+            yield Site(scope, node, trace_matrix(matrix), kind)
+
+
+def looks_up_rows(node: fx.Node) -> bool:
+    """Whether a node takes rows of a matrix by a tensor of integers, as an embedding does: w[i], w[i, :], w.index_select(0, i)."""
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return False
+    matrix = value(node.args[0])
+    if not isinstance(matrix, torch.Tensor) or matrix.dim() != 2:
+        return False
+    index: Any = None
+    if node.target is operator.getitem:
+        key = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        index = key[0] if key[1:] in ((), (slice(None),), (...,)) else None
+    elif target_name(node) == "index_select" and argument(node, 1, "dim") in (0, -2):
+        index = argument(node, 2, "index")
+    index = value(index) if isinstance(index, fx.Node) else None
+    return isinstance(index, torch.Tensor) and index.dtype in (torch.int32, torch.int64)
 
 
 def is_parameter(scope: Scope, node: fx.Node) -> bool:
@@ -214,8 +238,8 @@ def is_parameter(scope: Scope, node: fx.Node) -> bool:
 
 def pair_product(scope: Scope, node: fx.Node) -> bool:
     """Whether a node is weight_b @ weight_a of two parameters: what an adopted module's `weight` reads."""
-    is_matmul = node.op == "call_function" and node.target is torch.matmul
-    return is_matmul and all(isinstance(a, fx.Node) and is_parameter(scope, a) for a in node.args[:2])
+    is_matmul = node.op == "call_function" and node.target is torch.matmul and len(node.args) == 2
+    return is_matmul and all(isinstance(a, fx.Node) and is_parameter(scope, a) for a in node.args)
 
 
 def pair_of(site: Site) -> int | None:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from lrcompile.passes.chains import argument, value
 from lrcompile.passes.contract import PassContext, PassResult, graph_pass
-from lrcompile.passes.graphs import Site, argument, drop_dead, emit, linear_fn, module_name, pair_product, sites, value
+from lrcompile.passes.graphs import Site, drop_dead, emit, linear_fn, looks_up_rows, module_name, pair_product, sites
 
 
 @graph_pass(exact=True)
@@ -77,8 +78,11 @@ def _rows(site: Site, node: fx.Node, operand: Any) -> fx.Node:
 
 
 def _embedding(site: Site, left: fx.Node, right: fx.Node) -> fx.Node | None:
-    """Look up rows of weight_b, then one thin product: embedding(i, B A) = embedding(i, B) A."""
+    """Look up rows of weight_b, then one thin product: embedding(i, B A) = embedding(i, B) A, and (B A)[i] = B[i] A."""
     node = site.node
+    if looks_up_rows(node):
+        rows = emit(site.scope, node, node.target, left, *node.args[1:], **node.kwargs)
+        return emit(site.scope, node, torch.matmul, rows, right)
     padding, max_norm, scale, sparse = (
         argument(node, i, n, d)
         for i, n, d in (

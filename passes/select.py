@@ -21,7 +21,7 @@ def select(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     result = PassResult()
     for node in gm.graph.find_nodes(op="placeholder"):
         weight = ctx.weights.get(node.meta.get("lr_weight", ""))
-        if weight is None or not weight.kinds:
+        if weight is None or not (weight.kinds or weight.writers):
             continue
         weight.reason = _why_dense(weight, ctx)
         weight.selected = not weight.reason
@@ -42,7 +42,13 @@ def _why_dense(weight: Weight, ctx: PassContext) -> str:
     excluded = [glob for glob in recipe.exclude if weight.matches(glob)]
     if excluded:
         return f"excluded by {excluded[0]!r}"
-    named = any(weight.matches(g) and not set("*?[") & set(g.rpartition(".")[2]) for g in recipe.include)
+    if weight.writers:  # an adopted module's weight is computed at each read: the write would be lost
+        return f"written in the graph (by {', '.join(weight.writers)})"
+    if weight.stored_in_out and "view" in weight.readers:
+        return "also read by view, which needs the layout it is stored in"
+    if weight.readers and set(weight.kinds) == {"mv"}:  # spectral_norm: w / sigma, where sigma is found by iteration
+        return f"multiplied with vectors only, and read by {', '.join(weight.readers)}"
+    named = any(weight.matches(g, itself=True) and not set("*?[") & set(g.rpartition(".")[2]) for g in recipe.include)
     if "embedding" in weight.kinds and not named:
         return "an embedding" if set(weight.kinds) == {"embedding"} else "tied to an embedding"
     if weight.head and not named:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,36 @@ def test_prefixes_of_wrappers_dont_matter(process_group: None) -> None:
     fresh_compiled.load_state_dict(compiled.state_dict())
 
 
+def test_loading_with_another_prefix_tells_what_to_do(process_group: None) -> None:
+    model = adopted()
+    compiled: Any = torch.compile(copy.deepcopy(model))
+    parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+    fix = "load into the same wrapper, or rename the state's keys"
+    for state, into, there, here in [
+        (compiled.state_dict(), Mlp(), "_orig_mod.up.weight_a", "up.weight_a"),
+        (model.state_dict(), torch.compile(Mlp()), "up.weight_a", "_orig_mod.up.weight_a"),
+        (parallel.state_dict(), Mlp(), "module.up.weight_a", "up.weight_a"),
+    ]:
+        fresh: Any = lrcompile.adopt_like(into, state)
+        said = f"lrcompile: the state calls {there!r} what this model calls {here!r}"
+        with pytest.raises(RuntimeError, match=f"{re.escape(said)}.*{fix}"):
+            fresh.load_state_dict(state)
+    assert model.load_state_dict({}, strict=False).missing_keys  # nothing is known of it: torch's own answer
+
+
+def test_a_whole_checkpoint_is_told_from_a_state() -> None:
+    state, optimizer = adopted().state_dict(), {"state": {0: {"step": torch.zeros(())}}, "param_groups": []}
+    for key in ("model", "state_dict", "model_state_dict", "net"):
+        for inner in (state, Mlp().state_dict()):
+            with pytest.raises(AdoptError, match=rf"whole checkpoint.*pass checkpoint\['{key}'\]"):
+                lrcompile.adopt_like(Mlp(), {"step": 3, "optimizer": optimizer, key: inner})
+    with pytest.raises(AdoptError, match="takes a state dict, got str; torch.load it first"):
+        lrcompile.adopt_like(Mlp(), "last.pt")  # type: ignore[arg-type]
+    for other in (optimizer, {0: torch.zeros(())}, {"up._extra_state": {"scale": torch.zeros(())}}):
+        with pytest.raises(AdoptError, match="holds no lrcompile Plan"):
+            lrcompile.adopt_like(Mlp(), other)
+
+
 def test_a_child_called_module() -> None:
     class Holder(nn.Module):
         def __init__(self) -> None:
@@ -113,10 +144,16 @@ def test_states_that_dont_belong_are_refused() -> None:
 
 def test_a_state_of_another_rank_or_none_is_refused() -> None:
     model = adopted(rank=4)
-    with pytest.raises(lrcompile.StateError, match=r"'weight': 8.*'weight': 4.*adopt_like"):
+    with pytest.raises(
+        lrcompile.StateError, match=r"'weight': 8.*'weight': 4.*build the dense model again.*adopt_like"
+    ):
         model.load_state_dict(adopted(rank=8).state_dict())
-    with pytest.raises(RuntimeError, match="weight_a"):
-        model.load_state_dict(Mlp().state_dict())
+    dense = "up.weight is a pair here and dense in the state; load it before lrcompile.adopt, or after lrcompile.merge"
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=re.escape(dense)) as error:
+            model.load_state_dict(Mlp().state_dict(), strict=strict)
+        assert str(error.value).count("lrcompile: ") == 1  # once, and after torch's own lines
+        assert str(error.value).splitlines()[-1].strip().startswith("lrcompile: ")
     with pytest.raises(RuntimeError, match="weight_a"):
         Mlp().load_state_dict(model.state_dict())
 

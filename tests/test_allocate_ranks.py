@@ -71,13 +71,22 @@ def test_budget_bytes_of_the_whole_model(share, dtype):
     captured, ctx, stages = run(model, (ids(),), [*DECIDE, factorize], Recipe(budget_bytes=budget), verify=False)
     gone = sum((w.numel - w.pair_numel(w.rank)) * dtype.itemsize for w in ctx.weights.values() if w.rank is not None)
     assert total - gone <= budget and total - gone > 0.8 * budget
-    with pytest.raises(PlanError, match=r"can't be met: rank 1 everywhere needs \d+ bytes"):
+    with pytest.raises(PlanError, match=r"can't be met: the least is \d+ bytes, with rank 1") as error:
         run(model, (ids(),), DECIDE, Recipe(budget_bytes=fixed), verify=False)
+    least = int(str(error.value).split("the least is ")[1].split()[0])
+    with pytest.raises(PlanError, match="can't be met"):
+        run(model, (ids(),), DECIDE, Recipe(budget_bytes=least - 1), verify=False)
+    _, ctx, _ = run(model, (ids(),), DECIDE, Recipe(budget_bytes=least), verify=False)  # what is named can be had
+    assert {ctx.weights[key].rank for key in BLOCKS} == {1}
 
 
 def test_what_cannot_be_reached_is_an_error():
-    with pytest.raises(PlanError, match=r"compression=500 can't be reached: rank 1 everywhere gives 170\.7"):
+    with pytest.raises(PlanError, match=r"compression=500 can't be reached: the most is 170\.66, with rank 1"):
         planned(Recipe(compression=500))
+    assert {w.rank for w in planned(Recipe(compression=170.66)).values()} == {1}
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 50), nn.Tanh())
+    with pytest.raises(PlanError, match=r"= 20 of 2\.weight \(20x30\), the smallest.*at most 20, or exclude it"):
+        run(model, (torch.randn(5, 40),), DECIDE, Recipe(rank=31), verify=False)
     model = Stack()
     captured = capture(model, (torch.randn(3, 32),))
     ctx = context_for(model, captured, Recipe(budget_bytes=100_000))

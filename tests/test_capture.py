@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -229,6 +230,46 @@ def test_inputs_that_do_not_fit_say_what_to_do():
         capture(Stack(), (torch.randn(3, 31),))
     with pytest.raises(CaptureError, match="nn.Module, got builtin"):
         capture(torch.sigmoid, (torch.randn(3, 31),))
+
+
+class Strict(nn.Module):
+    """Refuses some inputs itself, with an error that another one led to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        torch._dynamo.graph_break()
+        try:
+            return y + {4: 1}[x.shape[0]]
+        except KeyError as error:
+            raise ValueError(f"made for 4 rows, not {x.shape[0]}") from error
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("model", "x", "said"),
+    [
+        (Stack, torch.randn(3, 31), r"RuntimeError: .*32.*31"),
+        (lambda: nn.Linear(32, 8), torch.randn(3, 31), r"RuntimeError: .*31.*32"),
+        (lambda: nn.Embedding(4, 8), torch.randn(3), "RuntimeError: .*Long.*float"),
+        (LanguageModel, torch.randn(3, 8), "RuntimeError: .*Long.*float"),
+    ],
+)
+def test_what_the_model_says_of_wrong_inputs_is_told_and_nothing_else(model, x, said, device, caplog, monkeypatch):
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # which torch doesn't let pytest see
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    with pytest.raises(CaptureError, match=rf"could not be run with these example inputs: {said}.*\. Pass the inputs"):
+        capture(model().to(device), (x,))
+    assert [r for r in caplog.records if r.levelno >= logging.WARNING] == [] and log.filters == []
+
+
+def test_an_error_of_the_models_own_is_told_and_not_what_led_to_it():
+    with pytest.raises(CaptureError, match=r"example inputs: ValueError: made for 4 rows, not 3\. Pass"):
+        capture(Strict(), (torch.randn(3, 8),))
+    assert len(capture(Strict(), (torch.randn(4, 8),)).graphs) == 2
 
 
 def test_a_failed_capture_leaves_no_trace_either():

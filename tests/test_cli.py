@@ -25,6 +25,9 @@ def build():
 def broken():
     raise ZeroDivisionError("no luck")
 
+def misfit():
+    return build()[0], (torch.randn(5, 31),)
+
 def nothing():
     return 3
 """
@@ -50,7 +53,7 @@ def hf_directory(tmp_path_factory):
 def test_plan_of_a_factory(here, capsys):
     assert main(["plan", "my_model:build", "--rank", "8", "--exclude", "2.*", "--json", "plan.json"]) == 0
     out = capsys.readouterr().out
-    assert "0-1.0  ×2" in out and "64x32" in out and "excluded by '2.*'" in out
+    assert "64x32 ×2" in out and "\n0-1.0 " in out and "excluded by '2.*'" in out
     assert "Singular values" in out and "│" in out
     plan = lrcompile.Plan.from_json((here / "plan.json").read_text(encoding="utf-8"))
     assert [e.rank for e in plan.entries] == [8, 8, 8, 8, None, None]
@@ -76,9 +79,21 @@ def test_inspect_a_factory(here, capsys):
     assert "What every pass did" in out and "verified" in out and "wrote page.html" in out
     assert (here / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert main([*arguments, "--show", "factorize"]) == 0
-    assert "+++ factorize" in capsys.readouterr().out
-    assert main([*arguments, "--show", "select"]) == 0
-    assert "stays as it is" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 0 <= out.index("What every pass did") < out.index("+++ factorize"), "the report, then the diff"
+    assert main([*arguments, "--show", "select", "--show", "capture"]) == 0
+    out = capsys.readouterr().out
+    assert "select: the graph stays as it is" in out and "\ndef forward(" in out
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+def test_the_tables_fit_the_terminal(here, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in ("plan", "inspect"):
+        assert main([command, "my_model:build"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= columns and all(line == line.rstrip() for line in lines)
+        assert not any("…" in line for line in lines), "nothing is cut off"
 
 
 @pytest.mark.parametrize(
@@ -129,6 +144,9 @@ def test_as_a_command(here):
     done = command("plan", "my_model:broken")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: my_model:broken() failed")
+    done = command("plan", "my_model:misfit")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: Sequential could not be run with these example inputs: RuntimeError: ")
     done = command("--version")
     assert done.stdout == f"lrcompile {lrcompile.__version__}\n"
     done = command("--help")

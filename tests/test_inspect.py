@@ -10,6 +10,7 @@ import lrcompile
 from lrcompile import PassError, Recipe
 from lrcompile.passes import PassResult, graph_pass
 from lrcompile.passes.graphs import linear_fn
+from lrcompile.show import as_text, asked_note, plan_table, report_table
 from lrcompile.weights.factor import svd_pair
 from lrcompile.words import change, count, fold, fold_lines, size
 
@@ -157,7 +158,40 @@ def test_printed(model, inputs):
         assert word in text, word
     assert ("not measured" in text) == next(model.parameters()).is_meta
     assert ("Relative error of the weights" in text) == (not next(model.parameters()).is_meta)
-    assert max(map(len, text.splitlines())) <= 120
+    for width in (80, 120, 160):
+        lines = as_text(report_table(lrcompile.inspect(model, inputs, RECIPE)), width).splitlines()
+        assert max(map(len, lines)) <= width
+        rows = {line.split()[0]: line.split() for line in lines if line[:1].isalpha()}
+        assert rows["pass"] == ["pass", "parameters", "bytes", "FLOPs", "saved", "numerics", "time"]
+        assert rows["select"][:6] == ["select", "=", "=", "=", "=", "exact"]
+        assert rows["factorize"][1] == count(PAIRS + MIDDLE + OUT)
+        assert rows["before"][:3] == ["before", "/", "after"] and rows["before"][3].endswith("x")
+        assert "  2 × selected: layers.0-1" in lines
+
+
+def test_many_kinds_of_change_and_note_are_cut_short(inputs):
+    @graph_pass(exact=True, after="lower")
+    def talks(gm, ctx):
+        return PassResult([f"a.{c}: change {c}" for c in "abcdefgh"], [f"b: note {c}" for c in "abcdef"])
+
+    text = str(lrcompile.inspect(Mlp(), inputs, Recipe(rank=RANK, passes=[talks])))
+    assert "change f: a.f" in text and "change g" not in text and "and 2 more kinds of change" in text
+    assert "note d: b" in text and "note e" not in text and "and 2 more kinds of note" in text
+
+
+def test_what_was_asked_is_told_where_it_is_not_what_was_got():
+    def said(**recipe):
+        model = nn.Sequential(Stack(2, 128), nn.LayerNorm(128))
+        return asked_note(lrcompile.plan(model, (torch.randn(3, 128),), Recipe(**recipe)))
+
+    assert re.fullmatch(r"asked compression 2.64, got 2\.\d\d: ranks are rounded to multiples of 8", said())
+    assert said(rank_ratio=0.3) == "asked rank_ratio 0.3, got 0.312: ranks are rounded to multiples of 8"
+    assert said(rank_ratio=0.25) == said(rank=7) == said(rank=8) == ""
+    assert re.fullmatch(r"asked budget_bytes 200,000, got 1\d\d,\d{3}: ranks are .*", said(budget_bytes=200_000))
+    assert "whole numbers" in said(compression=20.0)
+    assert said(compression=1.0) == "", "nothing is factored: nothing is rounded"
+    plan = lrcompile.plan(nn.Sequential(Stack(2, 128), nn.LayerNorm(128)), (torch.randn(3, 128),))
+    assert asked_note(plan) in as_text(plan_table(plan), 80)
 
 
 def test_breaks_are_noted(inputs):

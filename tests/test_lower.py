@@ -1,15 +1,100 @@
-"""What the last pass says of how each site is computed."""
+"""What the last pass chooses to compute each pair with, what it says of that, and that its operator computes the same."""
 
 from __future__ import annotations
 
-import torch
+import re
 
-from lrcompile import Recipe
+import pytest
+import torch
+from torch import nn
+
+import lrcompile
+from lrcompile import KernelError, Recipe, RecipeError
+from lrcompile.cost import device_named
+from lrcompile.passes.graphs import scopes
 
 from .helpers import ALL, Stack, run
+from .helpers_train import Model, batch, train
+
+KEEP = torch.ops.lrcompile.lowrank_linear_keep.default
+OP = torch.ops.lrcompile.lowrank_linear.default
 
 
-def test_lower_tells_every_pair_and_its_rank():
+def count(gm: torch.fx.GraphModule) -> int:
+    return sum(node.target is OP for scope in scopes(gm) for node in scope.gm.graph.nodes)
+
+
+def test_on_the_cpu_every_pair_stays_two_thin_linears() -> None:
     captured, _, stages = run(Stack(), (torch.randn(3, 32),), ALL, Recipe(rank=3))
     assert len(stages[-1].result.changed) == 4
     assert "blocks.0.up: two thin linears of rank 3 (cpu)" in stages[-1].result.changed
+    assert count(captured.graphs[0].gm) == 0
+
+
+def test_forced_the_operator_computes_the_same_with_its_gradients() -> None:
+    """Translation validation of the pass, outputs and gradients."""
+    report = lrcompile.inspect(Stack(), (torch.randn(3, 32),), Recipe(rank=3), kernels="triton", verify=True)
+    assert count(report["lower"].graph) == 4 and count(report["reassociate"].graph) == 0
+    assert report["lower"].verified is not None and report["lower"].verified <= 1.0
+    assert "blocks.0.up: lrcompile::lowrank_linear of rank 3 (kernels='triton')" in report["lower"].changed
+    assert report["lower"].flops == report["reassociate"].flops > 0
+    assert report["lower"].saved < report["reassociate"].saved, "x @ weight_aᵀ is not kept"
+    assert "lowrank_linear" in report["lower"].diff()
+
+
+@pytest.mark.parametrize("kernels", ["triton", "inductor"])
+def test_training_with_the_operator_forced(kernels: str) -> None:
+    model, ids = Model(), batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    options = {"kernels": kernels, "inner": "aot_eager"}
+    losses = train(torch.compile(model, backend="lrcompile", options=options), optimizer, 8, ids)
+    assert losses[-1] < 0.5 * losses[0]
+    compiled = torch.compile(model, backend="lrcompile", options=options)(ids)
+    torch.testing.assert_close(compiled, model(ids))
+
+
+def test_inside_activation_checkpointing_too() -> None:
+    model = Model(checkpointed=True)
+    report = lrcompile.inspect(model, (batch(),), Recipe(rank=4), kernels="triton", verify=True)
+    assert count(report["lower"].graph) == 6
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 16384])
+def test_for_a_gpu_the_predicted_times_are_told_and_decide(tokens: int) -> None:
+    """From shapes alone: the model lives on `meta`, the GPU nowhere."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4096, 4096, bias=False, dtype=torch.bfloat16), nn.GELU(), nn.Linear(4096, 8))
+    x = torch.empty(tokens, 4096, dtype=torch.bfloat16)
+    for trains in (True, False):
+        report = lrcompile.inspect(
+            nn.Sequential(*model[:2]).requires_grad_(trains), (x,), Recipe(rank=64, include=["0"]), target="H100"
+        )
+        (line,) = report["lower"].changed
+        what, told = re.fullmatch(
+            r"0: (.*) of rank 64 \(predicted for H100, forward(?: and backward)?: (.*)\)", line
+        ).groups()  # type: ignore[union-attr]
+        seconds = {name: float(time) for name, time in re.findall(r"([\w: ]+?) ([\d.e+]+) µs(?:, )?", told)}
+        assert ("lrcompile::lowrank_linear_keep" in seconds) == trains, line
+        fastest = min(seconds, key=lambda name: seconds[name])
+        assert what in (fastest, "two thin linears"), line
+        assert (what != "two thin linears") == (1.05 * seconds[fastest] < seconds["two thin linears"]), line
+        ops = {n.target for n in report["lower"].graph.graph.nodes if n.op == "call_function"}
+        assert (OP in ops or KEEP in ops) == (what != "two thin linears")
+
+
+def test_all_ranks_decide_alike() -> None:
+    """Two inspections of equal shapes say the same, word for word: nothing is timed."""
+    made = [
+        lrcompile.inspect(Stack(), (torch.randn(3, 32),), Recipe(rank=3), target="A100")["lower"].changed for _ in "ab"
+    ]
+    assert made[0] == made[1]
+
+
+def test_bad_switches_list_the_known_ones() -> None:
+    with pytest.raises(Exception, match="RecipeError: kernels=.cuda. is not known; choose from auto, triton, inductor"):
+        torch.compile(Model(), backend="lrcompile", options={"kernels": "cuda"})(batch())
+    with pytest.raises(RecipeError, match="kernels='cuda' is not known"):
+        lrcompile.inspect(Stack(), (torch.randn(3, 32),), kernels="cuda")
+    with pytest.raises(KernelError, match="no device 'H1000' in the cost table; there are .*H100"):
+        lrcompile.inspect(Stack(), (torch.randn(3, 32),), target="H1000")
+    assert device_named("h100").arch == "sm_90"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import unwrap
 from typing import Any
 
 import pytest
@@ -10,8 +11,12 @@ import torch
 from torch import nn
 
 import lrcompile
-from lrcompile import AdoptError, CaptureError, Plan, PlanError, Recipe
+from lrcompile import AdoptError, CaptureError, Plan, PlanError, Recipe, RecipeError
 from lrcompile.graph.names import plain_name
+from lrcompile.weights.planner import check_globs
+
+from .helpers import Spelled
+from .test_canonicalize import LEFT_ALONE, SPELLINGS, masked
 
 TORCHS_MARK = {"_is_torch_compile"}  # torch.compile leaves it on a module
 
@@ -97,8 +102,18 @@ def test_the_dial_is_kept_and_told() -> None:
     assert made.bytes == (4 * before, 4 * after)
     assert "2 of 2 weights become pairs" in str(made) and f"{before:,}" in str(made)
     for entry in made.pairs:
-        assert f"{entry.key}: rank {entry.rank}" in str(made)
+        name, shape = entry.key.removesuffix(".weight"), "x".join(map(str, entry.shape))
+        assert f"{name} ({shape}): rank {entry.rank}" in str(made)
         assert entry.tokens == 4
+
+
+def test_printed_repeated_layers_are_one_line() -> None:
+    made = lrcompile.plan(nn.Sequential(*[block() for _ in range(3)]), X, Recipe(rank=4, exclude=("2.down",)))
+    assert str(made).splitlines()[:3] == [
+        "0-2.up (48x32 ×3): rank 4",
+        "0-1.down (32x48 ×2): rank 4",
+        "2.down (32x48): dense, excluded by '2.down'",
+    ]
 
 
 def test_json_round_trip() -> None:
@@ -218,8 +233,36 @@ def test_models_without_a_linear() -> None:
 
 def test_globs_that_match_nothing_are_named_with_what_there_is() -> None:
     for option in ("include", "exclude"):
-        with pytest.raises(PlanError, match=f"{option}='q_proj' matches no module.*down, norm, up"):
+        with pytest.raises(PlanError, match=f"{option}='q_proj' matches no module that holds.*has up, down, norm$"):
             lrcompile.plan(block(), X, Recipe(**{option: ("q_proj",)}))  # type: ignore[arg-type]
+    deep = nn.Sequential(*[block() for _ in range(4)])
+    with pytest.raises(
+        PlanError, match=r"write '\*\.up' to match it at any depth; the model has 0-3\.up, 0-3\.down, 0-3"
+    ):
+        lrcompile.plan(deep, X, Recipe(exclude=("up",)))
+    for many, end in [(8, "7"), (9, "0-8")]:
+        with pytest.raises(PlanError, match=f"{end}$"):
+            lrcompile.plan(nn.Sequential(*[nn.Linear(32, 32) for _ in range(many)]), X, Recipe(exclude=("up",)))
+    wide = nn.ModuleDict({f"layer_{c}": nn.Linear(4, 4) for c in "abcdefghi"})
+    with pytest.raises(PlanError, match="layer_h, …$"):
+        check_globs(wide, Recipe(exclude=("up",)))
+
+
+@pytest.mark.parametrize("function", [lrcompile.plan, lrcompile.inspect])
+@pytest.mark.parametrize(
+    ("inputs", "recipe", "said"),
+    [
+        (X, {"rank": 4, "exclude": ["up"]}, r"is a dict; pass lrcompile\.Recipe\(rank=4, exclude=\['up'\]\)"),
+        (X, {"rnk": 4}, "unknown option 'rnk'; known are compression, rank"),
+        (X, {}, r"pass lrcompile\.Recipe\(\)"),
+        (X, 4, "must be a lrcompile.Recipe, got int; its fields are compression, rank"),
+        (Recipe(rank=4), X, r"come before the recipe: pass \(model, example_inputs, recipe\)"),
+        (Recipe(rank=4), None, "come before the recipe"),
+    ],
+)
+def test_what_is_no_recipe_is_told_the_fix(function: Any, inputs: Any, recipe: Any, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        unwrap(function)(block(), inputs, recipe)  # without the types that the tests check in front of it
 
 
 def test_everything_excluded_is_a_plan_of_nothing() -> None:
@@ -232,9 +275,9 @@ def test_everything_excluded_is_a_plan_of_nothing() -> None:
 
 def test_ranks_and_budgets_out_of_reach_are_named() -> None:
     for recipe, said in [
-        (Recipe(rank=33), r"rank=33 is above min\(in, out\) = 32 of up.weight"),
-        (Recipe(compression=1000.0), "can't be reached"),
-        (Recipe(budget_bytes=10), "can't be met"),
+        (Recipe(rank=33), r"rank=33 is above min\(in, out\) = 32 of up.weight \(48x32\), the smallest selected weight"),
+        (Recipe(compression=1000.0), "can't be reached: the most is 19.2, with rank 1"),
+        (Recipe(budget_bytes=10), "can't be met: the least is 1216 bytes"),
     ]:
         with pytest.raises(PlanError, match=said):
             lrcompile.plan(block(), X, recipe)
@@ -271,6 +314,40 @@ def test_every_weight_that_stays_dense_says_why() -> None:
     assert "not read by a matrix product" in why["table"]
     assert why["mix"]
     assert "rank 1 would hold" in why["narrow.weight"]
+
+
+class EverySpelling(nn.Module):
+    """A module for each way of reading a matrix that the tests of the pass know."""
+
+    def __init__(self, table: dict[str, Any]) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(Spelled(function or masked, shape) for function, shape, _ in table.values())
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [spelled(x) for spelled in self.each]
+
+
+def test_every_spelling_is_planned_or_says_why_not() -> None:
+    torch.manual_seed(0)
+    table = SPELLINGS | LEFT_ALONE
+    made = lrcompile.plan(EverySpelling(table), (torch.randn(2, 5, 8),), Recipe(rank=1, include=("each.*.weight",)))
+    entries = {e.key: e for e in made.entries}
+    for i, name in enumerate(table):
+        entry = entries[f"each.{i}.weight"]
+        assert (entry.rank == 1 and not entry.reason) if name in SPELLINGS else entry.reason, (name, entry)
+
+
+def test_every_spelling_is_adopted_and_compiled() -> None:
+    """At full rank the adopted model is the dense one, as it stands and as the program passes write it."""
+    torch.manual_seed(0)
+    model, inputs = EverySpelling(SPELLINGS), (torch.randn(2, 5, 8),)
+    expected = model(*inputs)
+    recipe = Recipe(rank_ratio=1, require_saving=False, include=("each.*.weight",))
+    lrcompile.adopt(model, recipe, inputs)
+    assert all(hasattr(spelled, "weight_a") for spelled in model.each)
+    compiled = torch.compile(model, backend="lrcompile", options={"inner": "eager", "verify": True})
+    for got in (model(*inputs), compiled(*inputs)):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_compiled_model_is_planned_by_its_plain_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -249,3 +250,60 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
             os.rename(str(error.value).rpartition(" ")[2], target)
         assert tuple(sorted(p.name for p in target.iterdir())) == FILES
         load()
+    lrcompile.save(torch.load(pickled, weights_only=False), target)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pt", "saved"]  # what the killed ones left is gone
+
+
+def test_leftovers_are_removed_unless_someone_holds_them_or_they_are_anothers(
+    two: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leave(*names: str) -> list[Path]:
+        folders = [tmp_path / name for name in names]
+        for folder in folders:
+            folder.mkdir()
+            (folder / "model.safetensors").write_bytes(b"half")
+        return folders
+
+    stale, running = leave(".saved.aaaaaaaa.partial", ".saved.bbbbbbbb.partial")
+    others = leave(".saved.v2.aaaaaaaa.partial", ".saved2.aaaaaaaa.partial", "saved.aaaaaaaa.partial")
+    (replaced,) = leave(".saved.aaaaaaaa.replaced")
+    handle = os.open(running, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with monkeypatch.context() as patch:
+            patch.setattr(state_module, "save_file", lambda *a, **k: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                lrcompile.save(two[0], tmp_path / "saved")
+        assert not stale.exists() and replaced.exists(), "the earlier save stays until a later one is whole"
+        lrcompile.save(two[0], tmp_path / "saved")
+        lrcompile.save(two[1], tmp_path / "saved")
+    finally:
+        os.close(handle)
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "saved", running, *others])
+
+    def without_locks(*args: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", without_locks)
+        lrcompile.save(two[0], tmp_path / "saved")
+    assert running.exists() and f"{running} may be left of an interrupted save" in caplog.text
+    lrcompile.save(two[0], tmp_path / "saved")
+    assert not running.exists()
+    assert torch.equal(lrcompile.load(tmp_path / "saved", Shared())(*IDS), two[0](*IDS))
+
+
+def test_a_folder_that_another_save_took_for_a_leftover_is_made_again(
+    two: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, made = state_module.tempfile.mkdtemp, []
+
+    def mkdtemp(**kwargs: Any) -> str:
+        made.append(real(**kwargs))
+        if len(made) == 1:  # before it could be locked
+            os.rmdir(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(state_module.tempfile, "mkdtemp", mkdtemp)
+    lrcompile.save(two[0], tmp_path / "saved")
+    assert len(made) == 2 and [p.name for p in tmp_path.iterdir()] == ["saved"]

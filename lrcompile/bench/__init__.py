@@ -1,8 +1,10 @@
 """The measurements users run on their own machine: `lrcompile bench NAME`.
 
-adopt   seconds to adopt a GPT-2 124M-shaped model at 2.64x
-plan    seconds and memory to plan Llama-2-7B from its config on the meta device
-step    step and compile time of an adopted model against the same low-rank model written by hand, under Inductor
+adopt    seconds to adopt a GPT-2 124M-shaped model at 2.64x
+plan     seconds and memory to plan Llama-2-7B from its config on the meta device
+step     step and compile time of an adopted model against the same low-rank model written by hand, under Inductor
+kernels  our kernels against the vendor's library and torch.compile, on a GPU; without one, what the cost model expects
+aot      what every shipped kernel configuration compiles to, for every GPU target; needs no GPU
 
 Times vary from run to run and machine to machine: what is compared is measured side by side, and given as a ratio.
 """
@@ -12,21 +14,30 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from lrcompile.errors import LrcompileError
 
-NAMES = ("adopt", "plan", "step")
+NAMES = ("adopt", "plan", "step", "kernels", "aot")
 
 
 def main(argv: Sequence[str]) -> None:
     """Run one measurement by name and print its table."""
-    parser = argparse.ArgumentParser(
-        "lrcompile bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--quick", action="store_true", help="a small model: checks that the measurement runs")
-    arguments = parser.parse_args(argv)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("lrcompile bench", description=__doc__, formatter_class=raw)
+    names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
+    for name in NAMES:
+        own = names.add_parser(name)
+        own.add_argument("--quick", action="store_true", help="a small part: checks that the measurement runs")
+        if name == "kernels":
+            own.add_argument("--out", type=Path, metavar="DIR", help="write kernels-DEVICE.json there")
+            own.add_argument("--minutes", type=float, default=7.0, help="stop measuring after so long (default 7)")
+            own.add_argument(
+                "--target", default="H100", help="the GPU whose expected figures are shown where there is none"
+            )
+    arguments = vars(parser.parse_args(argv))
+    name = arguments.pop("name")
     try:
-        import_module(f"lrcompile.bench.{arguments.name}").run(quick=arguments.quick)
+        import_module(f"lrcompile.bench.{name}").run(**arguments)
     except ImportError as error:
         raise LrcompileError(f'{error}; install what it needs with pip install "lrcompile[hf]"') from error

@@ -7,6 +7,7 @@ The only file that touches private Dynamo names. Parameters enter a Dynamo graph
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -103,17 +104,17 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
         before = dict(counters["graph_break"])
         try:
             # Its own region of Dynamo's cache: the user's compiled code and recompile budget stay as they are.
-            with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
+            with _told_once(), torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
                 torch.compile(plain, backend=collect, dynamic=False, **_OWN_REGION)(*args, **kwargs)
         except Exception as error:
             # After the first graph a model may fail on fake or meta data only (a data-dependent branch): what
             # was captured is then reported as a break, not lost.
             if not graphs or not any(p.is_meta for p in plain.parameters()):
                 raise CaptureError(
-                    f"{type(plain).__name__} could not be run with these example inputs: {_first_line(error)}. "
+                    f"{type(plain).__name__} could not be run with these example inputs: {_cause(error)}. "
                     "Pass the inputs as the model is called: a tuple of positional or a dict of keyword arguments."
                 ) from error
-            counters["graph_break"][_first_line(error)] += 1
+            counters["graph_break"][_cause(error)] += 1
         for graph in graphs:
             graph.inputs = [real_of.get(id(value), value) for value in graph.inputs]
     breaks = [why for why, n in counters["graph_break"].items() if n > before.get(why, 0)]
@@ -186,6 +187,31 @@ def in_recomputed_region() -> bool:
 def _first_line(error: object) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong in the model, in one line: Dynamo's own exceptions only wrap it."""
+    inner: BaseException | None = error
+    while inner is not None and type(inner).__module__.startswith("torch._dynamo"):
+        error, inner = inner, inner.__cause__ or inner.__context__
+    error = error if inner is None else inner
+    line = _first_line(error).rstrip(".")
+    return line if line == type(error).__name__ else f"{type(error).__name__}: {line}"
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """An operator that fails on its inputs is told by our error; torch would print the whole traceback before that."""
+
+    def mild(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.WARNING
+
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addFilter(mild)
+    try:
+        yield
+    finally:
+        log.removeFilter(mild)
 
 
 def _check_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

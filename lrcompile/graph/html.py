@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lrcompile.show import energy, error_text, group_name, plan_groups
+from lrcompile.show import energy, error_text
+from lrcompile.weights.plan import group_name
 from lrcompile.words import change, count, fold_lines, size
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def _spectra(report: Report) -> str:
     if not report.measurable:
         return ""
     plots = []
-    for group in plan_groups(report.plan):
+    for group in report.plan.groups():
         known = [e for e in group if e.rank is not None and e.key in report.weights]
         if not known:
             continue

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lrcompile.errors import PassError
+from lrcompile.cost import Device, device_named
+from lrcompile.errors import PassError, RecipeError
 from lrcompile.graph.capture import Inputs, capture
 from lrcompile.graph.pipeline import Snapshot, run_passes
 from lrcompile.graph.stage import Stage, World
-from lrcompile.passes import pass_list
-from lrcompile.recipe import Recipe
+from lrcompile.kernels import launch
+from lrcompile.passes import KERNELS, pass_list
+from lrcompile.recipe import Recipe, as_recipe
 from lrcompile.weights.adopt import plan_of
 from lrcompile.weights.factor import singular_values
 from lrcompile.weights.layers import PairedModule
@@ -24,7 +26,15 @@ from lrcompile.weights.plan import Entry, Plan
 from lrcompile.weights.planner import context_for, plan_from
 
 
-def inspect(model: nn.Module, example_inputs: Inputs, recipe: Recipe | None = None, *, verify: bool = False) -> Report:
+def inspect(
+    model: nn.Module,
+    example_inputs: Inputs,
+    recipe: Recipe | None = None,
+    *,
+    verify: bool = False,
+    target: str | None = None,
+    kernels: str = "auto",
+) -> Report:
     """Run every pass over copies of the model's graphs and say what each did. Touches nothing; works on `meta`.
 
     Costs (FLOPs, saved bytes) and measured errors are computed when they are asked for or printed; the Report keeps the
@@ -36,26 +46,39 @@ def inspect(model: nn.Module, example_inputs: Inputs, recipe: Recipe | None = No
         recipe: what is asked for; `Recipe()` where left out.
         verify: run the graphs before and after every exact pass, and compare outputs and gradients. The passes after
             `factorize` are checked on the truncated SVD of the weights.
+        target: a GPU of the cost table ("H100"), to show what would compute the pairs there, and how fast; left out, the
+            device that the model is on.
+        kernels: as the backend's option: "auto", "triton" or "inductor".
 
     Returns:
         a Report: print it, look at `report["factorize"].diff()`, write `report.to_html(path)`.
 
     Raises:
-        CaptureError, PlanError: as for `plan`.
+        RecipeError, CaptureError, PlanError: as for `plan`; or kernels is not known, which lists what is.
+        KernelError: target is no GPU of the cost table; the message lists them.
         PassError: a pass failed, or says it is exact and isn't; or verify was asked of a model without numbers.
     """
-    recipe = recipe or Recipe()
+    recipe = as_recipe(recipe, example_inputs)
+    if kernels not in KERNELS:
+        raise RecipeError(f"kernels={kernels!r} is not known; choose from {', '.join(KERNELS)}")
     numberless = any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters())
     if verify and numberless:
         raise PassError("verify=True runs the graphs, and this model has no numbers (meta device); leave verify out")
     adopted = any(isinstance(m, PairedModule) for m in model.modules())
     captured = capture(model, example_inputs)
     ctx = context_for(model, captured, recipe)
+    ctx.kernels = kernels
+    ctx.target = device_named(target) if target else _present(model)
     world = World(model, captured, ctx, not numberless)
     passes = pass_list(recipe, weights=not adopted)
     stages = run_passes(captured, passes, ctx, snapshots=True, verify=verify, values=world.values)
     plan = plan_of(model) if adopted else plan_from(model, ctx, captured)
     return Report(recipe, plan, captured.breaks, world, stages)
+
+
+def _present(model: nn.Module) -> Device | None:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return launch.describe(device) if device.type == "cuda" else None
 
 
 class Report:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+import lrcompile.kernels.lowrank_linear  # noqa: F401  registers the operator
 from lrcompile.graph.pipeline import run_on_fakes
 from lrcompile.passes.graphs import scopes, value
 
@@ -35,8 +37,16 @@ def _cpu_attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any 
     return int(sdpa_flop_count(query, key, value))
 
 
-# torch's counter knows the fused attention of every device but the CPU.
-_MORE_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
+def _lowrank_linear(x: Any, a: Any, b: Any, bias: Any = None, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * math.prod(x[:-1]) * a[0] * (a[1] + b[0])
+
+
+# What torch's counter doesn't know: the fused attention of the CPU, and our operators.
+_MORE_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    torch.ops.lrcompile.lowrank_linear: _lowrank_linear,
+    torch.ops.lrcompile.lowrank_linear_keep: _lowrank_linear,
+}
 
 
 def cost(gm: fx.GraphModule) -> tuple[int, int]:

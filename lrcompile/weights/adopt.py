@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -155,20 +155,27 @@ def adopt_like(model: M, state_dict: dict[str, Any]) -> M:
 
     Args:
         model: the untouched model the script builds, also inside torch.compile's or DDP's wrapper.
-        state_dict: from `model.state_dict()` of an adopted model; wrappers' prefixes don't matter.
+        state_dict: from `model.state_dict()` of an adopted model; wrappers' prefixes don't matter here, though they do
+            to `load_state_dict`.
 
     Raises:
-        StateError, AdoptError, PlanError: the state holds no Plan, or it doesn't fit the model.
+        StateError, AdoptError, PlanError: the state holds no Plan, is a whole checkpoint, or doesn't fit the model.
     """
+    if not isinstance(state_dict, Mapping):
+        raise AdoptError(f"adopt_like takes a state dict, got {type(state_dict).__name__}; torch.load it first")
     refuse_adopted(model)
     refuse_wrapped(getattr(model, "_orig_mod", model))
     pairs: dict[str, dict[str, Any]] = {}
     for key, item in state_dict.items():
-        owner, _, last = key.rpartition(".")
+        owner, _, last = str(key).rpartition(".")
         if last == "_extra_state":
             for name, told in (read_extra_state(item) or {}).items():
                 pairs[plain_name(f"{owner}.{name}" if owner else name)] = told
     if not pairs:
+        # {"model": state, "optimizer": ...}, whatever the script calls it.
+        states = [k for k, v in state_dict.items() if isinstance(v, Mapping) and _holds_tensors(k, v)]
+        if states:
+            raise AdoptError(f"this is a whole checkpoint, not a model's state: pass checkpoint[{states[0]!r}]")
         raise AdoptError("the state holds no lrcompile Plan: it was not saved from an adopted model, load it as it is")
     places: dict[str, tuple[nn.Module, str]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
@@ -190,6 +197,10 @@ def adopt_like(model: M, state_dict: dict[str, Any]) -> M:
         todo.setdefault(id(weight), Change(entry, weight))
     _install(model, list(todo.values()), empty_pair, computes=False, recipe={})
     return model
+
+
+def _holds_tensors(key: object, item: Mapping[Any, Any]) -> bool:
+    return not str(key).endswith("_extra_state") and any(isinstance(x, torch.Tensor) for x in item.values())
 
 
 def merge(model: M) -> M:

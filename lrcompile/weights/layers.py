@@ -12,7 +12,7 @@ import functools
 import json
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lrcompile.errors import AdoptError, StateError
+from lrcompile.graph.names import plain_name
 from lrcompile.kernels.lowrank_linear import reference
 
 MAGIC = "lrcompile/1"
@@ -57,7 +58,7 @@ class PairedModule:
             own = {name: pair["rank"] for name, pair in self.lr_pairs.items()}
             raise StateError(
                 f"the state holds {ranks or 'no pair'} where this module has {own}; "
-                "adopt the model with lrcompile.adopt_like(model, state) first"
+                "build the dense model again and call lrcompile.adopt_like(model, state) before load_state_dict"
             )
         self.lr_pairs = pairs
         if isinstance(state, dict):
@@ -71,6 +72,25 @@ class PairedModule:
             )
         super().__setattr__(name, value)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        args = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self.lr_base._load_from_state_dict(self, *args)  # type: ignore[arg-type]
+        # Of torch's list of keys nobody learns what to do: that is told below it, once for the whole model.
+        for name, _ in self.lr_names:
+            if f"{prefix}{name}_a" not in state_dict:
+                told = _why_not_there(f"{prefix}{name}", state_dict, unexpected_keys)
+                if told and not any(line.startswith("lrcompile: ") for line in error_msgs):
+                    error_msgs.append(f"lrcompile: {told}")
+
     def reset_parameters(self) -> None:
         raise AdoptError(
             f"{type(self).__name__} holds a pair: there is no dense weight to draw anew; initialise before adopting, or "
@@ -81,6 +101,24 @@ class PairedModule:
         ranks = ", ".join(f"{name}: rank {pair['rank']}" for name, pair in self.lr_pairs.items())
         base = self.lr_base.extra_repr(self)  # type: ignore[arg-type]
         return f"{base}, {ranks}" if base else ranks
+
+
+def _why_not_there(weight: str, state_dict: Mapping[str, Any], unexpected_keys: Sequence[str]) -> str:
+    """Why a state lacks the pair of a weight, and what to do; "" where nothing is known."""
+    if weight in state_dict:
+        return f"{weight} is a pair here and dense in the state; load it before lrcompile.adopt, or after lrcompile.merge(model)"
+    # torch looks for unexpected keys from the outside in, so those of the wrappers around are listed by now.
+    for key in unexpected_keys:
+        if key.endswith("_a") and _unwrapped(key) == _unwrapped(f"{weight}_a"):
+            return (
+                f"the state calls {key!r} what this model calls {f'{weight}_a'!r}: `_orig_mod.` comes from torch.compile's "
+                "wrapper, `module.` from DDP's; load into the same wrapper, or rename the state's keys"
+            )
+    return ""
+
+
+def _unwrapped(key: str) -> str:
+    return plain_name(key).removeprefix("module.")
 
 
 def read_extra_state(state: Any) -> dict[str, dict[str, Any]] | None:

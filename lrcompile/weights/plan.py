@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 from lrcompile.errors import PlanError
 from lrcompile.graph.names import parameter_names
 from lrcompile.recipe import SVD_METHODS
+from lrcompile.words import fold
 
 FORMAT = "lrcompile-plan/1"
 
@@ -99,6 +102,14 @@ class Plan:
         """Numbers in the factored weights before, over those after; 1 where nothing is factored."""
         after = sum(e.numel for e in self.pairs)
         return sum(e.dense_numel for e in self.pairs) / after if after else 1.0
+
+    def groups(self) -> list[list[Entry]]:
+        """The entries, repeated layers of the same fate together."""
+        groups: dict[Any, list[Entry]] = {}
+        for e in self.entries:
+            pattern = re.sub(r"\b\d+\b", "#", " = ".join(e.names))
+            groups.setdefault((pattern, e.shape, e.rank, e.reason), []).append(e)
+        return list(groups.values())
 
     def _totals(self) -> tuple[int, int, int, int]:
         skipped = {name for group in self.tied for name in group[1:]}
@@ -192,15 +203,23 @@ class Plan:
         return plan
 
     def __str__(self) -> str:
-        lines = [
-            f"{e.key}: " + (f"rank {e.rank}" if e.rank is not None else f"dense, {e.reason}") for e in self.entries
-        ]
+        lines = []
+        for group in self.groups():
+            e, times = group[0], f" ×{len(group)}" if len(group) > 1 else ""
+            fate = f"rank {e.rank}" if e.rank is not None else f"dense, {e.reason}"
+            lines.append(f"{group_name(group)} ({'x'.join(map(str, e.shape))}{times}): {fate}")
         before, after = self.parameters
         lines.append(
             f"{len(self.pairs)} of {len(self.entries)} weights become pairs, {self.compression:.2f}x; "
             f"whole model {before:,} -> {after:,} numbers, {before / after:.2f}x"
         )
         return "\n".join(lines)
+
+
+def group_name(group: Sequence[Entry]) -> str:
+    """The folded names of one group, ".weight" dropped, tied names joined."""
+    columns = [fold(e.names[i].removesuffix(".weight") for e in group) for i in range(len(group[0].names))]
+    return " = ".join(", ".join(column) for column in columns[:3]) + (" = …" if len(columns) > 3 else "")
 
 
 def describe(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], list[tuple[str, ...]]]:

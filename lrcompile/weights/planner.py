@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -10,9 +12,10 @@ from lrcompile.graph.capture import Capture, Inputs, capture
 from lrcompile.graph.names import plain_name
 from lrcompile.graph.pipeline import bind_weights, run_passes
 from lrcompile.passes import PassContext, Weight, pass_list
-from lrcompile.recipe import Recipe
+from lrcompile.recipe import Recipe, as_recipe
 from lrcompile.weights.layers import PairedModule
 from lrcompile.weights.plan import Entry, Plan, describe
+from lrcompile.words import fold
 
 
 def plan(model: nn.Module, example_inputs: Inputs, recipe: Recipe | None = None) -> Plan:
@@ -24,11 +27,12 @@ def plan(model: nn.Module, example_inputs: Inputs, recipe: Recipe | None = None)
         recipe: what is asked for; `Recipe()` where left out.
 
     Raises:
+        RecipeError: no Recipe where one belongs.
         CaptureError: the inputs don't fit.
         PlanError: no linear weight, a glob that matches nothing, a rank or budget out of reach.
         AdoptError: the model is adopted already.
     """
-    recipe = recipe or Recipe()
+    recipe = as_recipe(recipe, example_inputs)
     refuse_adopted(model)
     captured = capture(model, example_inputs)
     ctx = context_for(model, captured, recipe)
@@ -88,8 +92,18 @@ def check_globs(model: nn.Module | list[nn.Module], recipe: Recipe) -> None:
     for option in ("include", "exclude"):
         for glob in getattr(recipe, option):
             if names and not probe.matches(glob):
-                some = ", ".join(sorted({n.rpartition(".")[0] for n in names if "." in n})[:5]) or ", ".join(names[:5])
-                raise PlanError(f"{option}={glob!r} matches no module and no parameter; the model has {some}, …")
+                deeper = f"; write {'*.' + glob!r} to match it at any depth" if probe.matches(f"*.{glob}") else ""
+                raise PlanError(
+                    f"{option}={glob!r} matches no module that holds a parameter, and no parameter{deeper}; "
+                    f"the model has {_owners(names)}"
+                )
+
+
+def _owners(names: Sequence[str], most: int = 8) -> str:
+    """The modules that own these parameters, repeated layers as one where there are many; raw parameters themselves."""
+    owners = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    owners = owners if len(owners) <= most else fold(owners)
+    return ", ".join(owners[:most]) + (", …" if len(owners) > most else "")
 
 
 def entry_of(w: Weight) -> Entry:

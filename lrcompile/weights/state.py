@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -28,6 +29,7 @@ from lrcompile.weights.plan import Plan
 from lrcompile.weights.planner import refuse_adopted
 from lrcompile.weights.replace import empty_pair
 
+log = logging.getLogger("lrcompile")
 M = TypeVar("M", bound=nn.Module)
 FORMAT = "lrcompile-model/1"
 WEIGHTS, INDEX = "model.safetensors", "lrcompile.json"
@@ -70,6 +72,7 @@ def save(model: nn.Module, dir: str | os.PathLike[str]) -> None:
     """Save an adopted model: `model.safetensors` (every tensor once) and `lrcompile.json` (Plan, aliases, checksum).
 
     The directory appears whole under its name; one that lrcompile wrote before is replaced, anything else is refused.
+    What an earlier save to the same name left beside it when it was killed is removed.
 
     Raises:
         StateError: the name is taken by something else, the model is not adopted, or it holds no values (meta).
@@ -82,7 +85,8 @@ def save(model: nn.Module, dir: str | os.PathLike[str]) -> None:
     _refuse_taken(target)
     tensors, aliases = _unique_tensors(model)
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    _remove_leftovers(target, ".partial")
+    work, held = _work_folder(target)
     try:
         save_file(tensors, work / WEIGHTS, metadata={"format": FORMAT})
         index = {
@@ -102,6 +106,7 @@ def save(model: nn.Module, dir: str | os.PathLike[str]) -> None:
         if target.exists():
             # Two renames: a crash between them leaves the old directory whole under the second name.
             old = work.with_suffix(".replaced")
+            held += _held(target)
             os.rename(target, old)
             try:
                 os.rename(work, target)
@@ -112,9 +117,13 @@ def save(model: nn.Module, dir: str | os.PathLike[str]) -> None:
         else:
             os.rename(work, target)
         _flush(target.parent)
+        _remove_leftovers(target, ".replaced")
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+    finally:
+        for handle in held:
+            os.close(handle)
 
 
 def load(dir: str | os.PathLike[str], model: M) -> M:
@@ -292,6 +301,56 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _held(folder: Path, wait: bool = True) -> list[int]:
+    """Lock a folder until the handle is closed or the process dies; no handle where the file system has no locks.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        BlockingIOError: another save holds it, and `wait` is False.
+    """
+    import fcntl  # here: only POSIX has it, and loading works without
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException as error:
+        os.close(handle)
+        if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
+            return []
+        raise
+    return [handle]
+
+
+def _work_folder(target: Path) -> tuple[Path, list[int]]:
+    """A new folder beside the target, and the handles that keep other saves from taking it for a leftover."""
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        try:
+            held = _held(work)
+        except FileNotFoundError:  # another save removed it before it was locked
+            continue
+        if work.exists():
+            return work, held
+        for handle in held:
+            os.close(handle)
+
+
+def _remove_leftovers(target: Path, suffix: str) -> None:
+    """Remove what saves to this target left behind when they were killed; what a running one holds stays."""
+    # Eight characters: what mkdtemp puts between the two.
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.{'?' * 8}{suffix}"):
+        try:
+            held = _held(folder, wait=False)
+        except (FileNotFoundError, BlockingIOError):
+            continue
+        if held:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            log.warning(f"{folder} may be left of an interrupted save to {target}; remove it if no other is running")
+        for handle in held:
+            os.close(handle)
 
 
 def _umask() -> int:

@@ -1,0 +1,53 @@
+"""What every shipped kernel configuration compiles to, for every GPU target: shared memory, registers, spills.
+
+Needs Triton, no GPU. A configuration "fits" within the target's shared memory and spills next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+
+from rich.console import Console
+from rich.table import Table
+
+import lrcompile.kernels
+from lrcompile.cost import SHARED_BYTES
+from lrcompile.errors import LrcompileError
+
+
+def run(*, quick: bool = False) -> None:
+    """Compile and print; `quick` takes the first family only."""
+    from lrcompile.kernels.aot import shipped
+
+    files = resources.files(lrcompile.kernels).joinpath("tuning").iterdir()
+    families = sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
+    table = Table(title="Ahead-of-time compilation", title_justify="left", header_style="bold")
+    table.add_column("kernel")
+    for column in (
+        "configs",
+        "target",
+        "shared KiB, most of allowed",
+        "registers, most",
+        "spilled bytes, most",
+        "matrix units",
+    ):
+        table.add_column(column, justify="right")
+    bad = 0
+    for family in families[:1] if quick else families:
+        told = shipped(family)
+        bad += sum(not row["fits"] for row in told)
+        for kernel, arch in dict.fromkeys((row["kernel"], row["arch"]) for row in told):
+            rows = [row for row in told if (row["kernel"], row["arch"]) == (kernel, arch)]
+            most = {name: max(row[name] for row in rows) for name in ("shared_bytes", "registers", "spilled_bytes")}
+            table.add_row(
+                f"{family}: {kernel}",
+                str(len(rows)),
+                arch,
+                f"{most['shared_bytes'] / 1024:.0f} of {SHARED_BYTES[arch] / 1024:.0f}",
+                str(most["registers"]),
+                str(most["spilled_bytes"]),
+                f"{sum(row['tensor_cores'] for row in rows)} of {len(rows)}",
+            )
+    Console(width=None if Console().is_terminal else 120).print(table)
+    if bad:
+        raise LrcompileError(f"{bad} configuration(s) don't fit their target")
