@@ -142,8 +142,9 @@ def _predict_backward(
 ) -> Choice:  # fmt: skip
     what, elements, of_z = KINDS[kind], shape.tokens * shape.out_features, any(needed[:4])
     reads_z = _reads_z(kind, needed[4])
-    rest = lowrank_linear.predict_backward(shape, dtype, device, needed[:4], kept=reads_z)
-    ours, theirs = (rest.seconds, min(rest.seconds, rest.gemms)) if of_z else (0.0, 0.0)
+    again, kept = (lowrank_linear.predict_backward(shape, dtype, device, needed[:4], kept=k) for k in (False, True))
+    ours = (kept if reads_z else again).seconds * of_z
+    theirs = min(again.seconds, kept.seconds, kept.gemms) * of_z
     if what.join == "add":
         return Choice("gemms", ours, theirs)
     z_read = elements * size * reads_z
@@ -151,8 +152,7 @@ def _predict_backward(
     moved += elements * (other_size + size * of_z + other_size * needed[4])
     once = Cost(0, moved + z_read, launches=1).seconds(device, precision)
     pair = forward_seconds(shape, size, precision, device)
-    again = pair["gemms"] if reads_z else 0.0
-    predicted = {"gemms": again + once}
+    predicted = {"gemms": pair["gemms"] * reads_z + once}
     if reads_z and tile_of("gradient", shape, precision, device) is not None and "fused" in pair:
         reads = Cost(0, moved - elements * size, launches=0).seconds(device, precision)  # pair counts one result
         work = _pointwise(elements * what.operations(backward=True), device)
@@ -201,7 +201,7 @@ def _forward(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, kind: str, ot
         run, splits = {"fused": (kernels.fused, fused_splits), "narrow": (kernels.narrow, narrow_splits)}[variant]
         parts = splits(shape, x.dtype.itemsize, tile, precision, device)
         y, _ = run(flat, a.contiguous(), b.contiguous(), bias, tile, parts, epilogue=KINDS[kind], other=gate)
-    return y.view(*x.shape[:-1], b.shape[0])
+    return launch.shaped(y, (*x.shape[:-1], b.shape[0]))
 
 
 def _forward_fake(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, kind: str, other: Tensor | None) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

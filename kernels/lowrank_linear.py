@@ -175,7 +175,7 @@ def _compute(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, keep: bool) -
         a, b = a.contiguous(), b.contiguous()
         run, splits = {"fused": (kernels.fused, fused_splits), "narrow": (kernels.narrow, narrow_splits)}[variant]
         y, h = run(flat, a, b, bias, tile, splits(shape, x.dtype.itemsize, tile, precision, device), keep)
-    return y.view(*x.shape[:-1], b.shape[0]), h
+    return launch.shaped(y, (*x.shape[:-1], b.shape[0])), h
 
 
 def _forward(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

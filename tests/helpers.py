@@ -19,6 +19,7 @@ from lrcompile.passes import (
     allocate_ranks,
     canonicalize,
     factorize,
+    fuse_epilogue,
     lower,
     reassociate,
     select,
@@ -32,7 +33,7 @@ BLOCKS = {
     f"body.blocks.{i}.{n}.weight" for i in (0, 1) for n in ("up", "down")
 }  # the weights of a LanguageModel's blocks
 DECIDE = [canonicalize, select, allocate_ranks]
-ALL = [*DECIDE, factorize, reassociate, lower]
+ALL = [*DECIDE, factorize, reassociate, fuse_epilogue, lower]
 
 
 class Block(nn.Module):
