@@ -61,6 +61,11 @@ class Device:
         """Bytes/s from the last-level cache: half of the 64 bytes per clock and multiprocessor that the wires carry."""
         return 32.0 * self.multiprocessors * self.clock
 
+    @property
+    def issued(self) -> float:
+        """Instructions/s of single threads: four schedulers of 32 lanes for each multiprocessor, of 16 on AMD's."""
+        return (128.0 if self.arch.startswith("sm_") else 64.0) * self.multiprocessors * self.clock
+
     def rate(self, precision: str) -> float:
         """Peak FLOP/s for "half", "tf32" or "single"."""
         rates = {"half": self.half, "tf32": self.tf32, "single": self.single}
@@ -177,6 +182,7 @@ class Cost:
         library: the vendor's kernel, not ours.
         launches: kernels that this takes.
         steps: turns of the loops that one program goes through, where that may be what takes longest.
+        instructions: of single threads, where there are many beside the products: decoding.
     """
 
     flops: float
@@ -186,6 +192,7 @@ class Cost:
     library: bool = False
     launches: int = 1
     steps: int = 0
+    instructions: float = 0.0
 
     def seconds(self, device: Device, precision: str) -> float:
         """The slowest of computing, memory, cache and one program's own loops, and the launches.
@@ -201,7 +208,8 @@ class Cost:
         computing = self.flops / (device.rate(precision) * reach * busy)
         memory = self.bytes / (device.bandwidth * MEMORY_REACH * memory_busy)
         cache = (self.bytes + self.cached_bytes) / (device.l2_bandwidth * memory_busy)
-        return max(computing, memory, cache, self.steps * STEP_SECONDS) + self.launches * LAUNCH_SECONDS
+        issuing = self.instructions / (device.issued * busy)
+        return max(computing, memory, cache, issuing, self.steps * STEP_SECONDS) + self.launches * LAUNCH_SECONDS
 
 
 def library_product(m: int, n: int, k: int, moved: float, device: Device) -> Cost:

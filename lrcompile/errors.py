@@ -31,5 +31,9 @@ class StateError(LrcompileError, RuntimeError):
     """A saved directory is truncated, altered, foreign, or of another model."""
 
 
+class MissingLibraryError(LrcompileError, ImportError):
+    """An optional library is needed; the message names the extra that installs it."""
+
+
 class KernelError(LrcompileError, RuntimeError):
     """A kernel was given operands, or forced on operands, that it can't take."""

@@ -81,7 +81,7 @@ def _embedding(site: Site, left: fx.Node, right: fx.Node) -> fx.Node | None:
     """Look up rows of weight_b, then one thin product: embedding(i, B A) = embedding(i, B) A, and (B A)[i] = B[i] A."""
     node = site.node
     if looks_up_rows(node):
-        rows = emit(site.scope, node, node.target, left, *node.args[1:], **node.kwargs)
+        rows = emit(site.scope, node, node.target, left, *node.args[1:], **dict[str, Any](node.kwargs))
         return emit(site.scope, node, torch.matmul, rows, right)
     padding, max_norm, scale, sparse = (
         argument(node, i, n, d)

@@ -25,6 +25,8 @@ def rewrite(scope: Scope, node: fx.Node) -> tuple[fx.Node | None, str]:
     """
     if target_name(node) not in SPELLINGS or not _is_torchs(node.target):
         return None, ""
+    if target_name(node) in ("mv", "addmv") and _under_autocast(scope):
+        return None, ""  # it casts F.linear everywhere, these not on every device
     spelling, function = SPELLINGS[target_name(node)]
     new = function(scope, node)
     return (None, "") if new is None else (_laid_out_as(scope, node, new), spelling)
@@ -33,6 +35,14 @@ def rewrite(scope: Scope, node: fx.Node) -> tuple[fx.Node | None, str]:
 def _is_torchs(target: Any) -> bool:
     function = isinstance(target, (types.FunctionType, types.BuiltinFunctionType))
     return isinstance(target, str) or (function and str(target.__module__).split(".")[0] in ("torch", "_operator"))
+
+
+def _under_autocast(scope: Scope) -> bool:
+    """Whether autocast is on around the graph, or somewhere in it."""
+    entered = any(target_name(node) == "_enter_autocast" for node in scope.gm.graph.nodes)
+    return (
+        entered or torch._C._is_any_autocast_enabled() or (scope.parent is not None and _under_autocast(scope.parent))
+    )
 
 
 def _laid_out_as(scope: Scope, node: fx.Node, new: fx.Node) -> fx.Node:
@@ -105,17 +115,18 @@ def _moved(scope: Scope, node: fx.Node, y: fx.Node | None, to: int) -> fx.Node |
 
 def _times(scope: Scope, node: fx.Node, left: Any, right: Any, bias: fx.Node | None = None) -> fx.Node | None:
     """left @ right, one of them a matrix; a bias only with the matrix on the right."""
-    for matrix, x in ((_matrix(scope, right), left), (_matrix(scope, left), right)):
-        operand = right if x is left else left
-        if matrix is None or not _is_tensor(x):
-            continue
-        if matrix is not operand and value(x).shape[:-2] != value(operand).shape[:-2]:
-            continue  # the result has as many rows as the matrix was repeated, more than x has
-        if x is left:
-            return _contract(scope, node, x, -1, matrix, 0, bias)
-        if bias is None:
-            return _moved(scope, node, _contract(scope, node, x, max(-2, -value(x).dim()), matrix, 1), -2)
+    matrix = _matrix(scope, right)
+    if matrix is not None and _same_rows(left, right):
+        return _contract(scope, node, left, -1, matrix, 0, bias)
+    matrix = _matrix(scope, left)
+    if bias is None and matrix is not None and _same_rows(right, left):
+        return _moved(scope, node, _contract(scope, node, right, max(-2, -value(right).dim()), matrix, 1), -2)
     return None
+
+
+def _same_rows(x: Any, operand: Any) -> bool:
+    """Whether a matrix was not repeated more often than x has batches: the result has as many rows as the larger."""
+    return _is_tensor(x) and (value(operand).dim() == 2 or value(x).shape[:-2] == value(operand).shape[:-2])
 
 
 def _operands(node: fx.Node, *names: tuple[str, ...]) -> list[Any] | None:
@@ -141,7 +152,7 @@ def _matmul(scope: Scope, node: fx.Node) -> fx.Node | None:
 def _inner(scope: Scope, node: fx.Node) -> fx.Node | None:
     """Over the last axis of both."""
     operands = _operands(node, ("input",), ("other",))
-    return None if operands is None else _over(scope, node, *operands, -1, -1)
+    return None if operands is None else _over(scope, node, operands[0], operands[1], -1, -1)
 
 
 def _tensordot(scope: Scope, node: fx.Node) -> fx.Node | None:
@@ -155,7 +166,7 @@ def _tensordot(scope: Scope, node: fx.Node) -> fx.Node | None:
     if not isinstance(dims, (tuple, list)) or len(dims) != 2:
         return None
     axes = [d[0] if isinstance(d, (tuple, list)) and len(d) == 1 else d for d in dims]
-    return _over(scope, node, a, b, *axes) if all(isinstance(d, int) for d in axes) else None
+    return _over(scope, node, a, b, axes[0], axes[1]) if all(isinstance(d, int) for d in axes) else None
 
 
 def _over(scope: Scope, node: fx.Node, a: Any, b: Any, a_axis: int, b_axis: int) -> fx.Node | None:
@@ -171,7 +182,7 @@ def _add_product(scope: Scope, node: fx.Node) -> fx.Node | None:
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
     named = {k: v for k, v in node.kwargs.items() if k not in ("beta", "alpha")}
     names = (("input",), ("mat1", "mat", "batch1"), ("mat2", "vec", "batch2"))
-    given = [*node.args, *(named[n] for several in names[len(node.args) :] for n in several if n in named)]
+    given: list[Any] = [*node.args, *(named[n] for several in names[len(node.args) :] for n in several if n in named)]
     if len(given) != 3 or len(node.args) + len(named) != 3:
         return None  # `out=`, a dtype
     if not all(isinstance(factor, (int, float)) for factor in (beta, alpha)) or beta == 0:
@@ -223,22 +234,22 @@ def _einsum(scope: Scope, node: fx.Node) -> fx.Node | None:
 
 def _equation(node: fx.Node) -> tuple[str | None, tuple[Any, ...]]:
     """einsum's equation with its "->", and the operands, from either way of giving them: a string, or lists of indices."""
-    first, *rest = node.args or (None,)
-    if isinstance(first, str):
-        operands = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
-        equation = first.replace(" ", "")
-    else:
-        operands = node.args[: len(node.args) // 2 * 2 : 2]
-        lists = [*node.args[1 : 2 * len(operands) : 2], *node.args[2 * len(operands) :]]
-        if not all(isinstance(item, (tuple, list)) for item in lists):
+    args: tuple[Any, ...] = node.args or (None,)
+    if isinstance(args[0], str):
+        listed = len(args) == 2 and isinstance(args[1], (tuple, list))
+        equation, operands = args[0].replace(" ", ""), tuple(args[1]) if listed else args[1:]
+    else:  # x, [0, 1], w, [1, 2], and maybe the output's list
+        count = len(args) // 2
+        operands, lists = args[: 2 * count : 2], [*args[1 : 2 * count : 2], *args[2 * count :]]
+        if not all(isinstance(each, (tuple, list)) for each in lists):
             return None, ()
-        written = ["".join("..." if i is ... else _LETTERS[i] for i in item) for item in lists]  # type: ignore[union-attr]
-        equation = ",".join(written[: len(operands)]) + ("->" + written[-1] if len(written) > len(operands) else "")
+        names = ["".join("..." if i is ... else _LETTERS[i] for i in each) for each in lists]
+        equation = ",".join(names[:count]) + "".join("->" + output for output in names[count:])
     if "->" not in equation:  # what stands once, in the order of the alphabet
         letters = equation.replace("...", "").replace(",", "")
         once = sorted(c for c in set(letters) if letters.count(c) == 1)
         equation += "->" + ("..." if "..." in equation else "") + "".join(once)
-    return equation, tuple(operands)  # type: ignore[arg-type]
+    return equation, operands
 
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # of the indices 0, 1, ... in einsum's lists

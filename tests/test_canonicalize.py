@@ -130,7 +130,6 @@ def test_every_spelling_becomes_two_thin_products(name):
 LAYOUTS = {
     "reversed": lambda: torch.randn(X[::-1]).permute(2, 1, 0),
     "with gaps": lambda: torch.randn(4, 5, 16)[::2, :, ::2],
-    "repeated": lambda: torch.randn(5, 8).expand(X),
 }
 
 
@@ -148,15 +147,27 @@ def test_layouts_are_kept(name, layout):
     assert ctx.weights["weight"].kinds and stages[-1].verified is not None and stages[-1].verified <= 1
 
 
-def test_a_bias_under_autocast_is_added_in_the_products_type():
+AROUND = ("linear", "matmul", "mv", "addmv", "addmm of a matrix", "baddbmm", "inner", "tensordot", "einsum", "cast")
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"), [*((name, True) for name in SPELLINGS), *((name, False) for name in AROUND)]
+)
+def test_autocast_casts_the_same(name, inside):
+    """Entered in the graph or around it; a product that it leaves in float32 stays so."""
+    function, shape, _ = SPELLINGS[name]
+
     def mixed(x: Tensor, w: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return torch.addmm(x.new_ones(5, 6), x[0], w)
+            return function(x, w)
 
-    captured, ctx, stages = run(Spelled(mixed, (8, 6)), (torch.randn(X),), [canonicalize])
-    assert ctx.weights["weight"].kinds == ["addmm"] and stages[-1].verified <= 1
-    graph = captured.graphs[0]
-    assert graph.gm(*graph.inputs)[0].dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        model = Spelled(mixed if inside else function, shape)
+        captured, ctx, stages = run(model, (torch.randn(X),), [canonicalize])
+        graph, expected = captured.graphs[0], stages[0].graphs[0](*captured.graphs[0].inputs)[0]
+        assert graph.gm(*graph.inputs)[0].dtype == expected.dtype
+    assert stages[-1].verified is not None and stages[-1].verified <= 1
+    assert bool(ctx.weights["weight"].kinds) != (name in ("mv", "mv transposed", "addmv"))
 
 
 def test_tokens_are_the_rows_of_all_uses():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -107,3 +108,17 @@ def test_bad_switches_list_the_known_ones() -> None:
     with pytest.raises(KernelError, match="no device 'H1000' in the cost table; there are .*H100"):
         lrcompile.inspect(Stack(), (torch.randn(3, 32),), target="H1000")
     assert device_named("h100").arch == "sm_90"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kernels", ["auto", "triton", "inductor"])
+def test_on_a_gpu_twenty_steps_go_the_way_of_eager(kernels: str) -> None:
+    model, ids = Model().cuda(), batch().cuda()
+    lrcompile.adopt(model, Recipe(), (ids,))
+    eager = copy.deepcopy(model)
+    run = torch.compile(model, backend="lrcompile", options={"kernels": kernels})
+    got = train(run, torch.optim.AdamW(model.parameters(), lr=1e-2), 20, ids)
+    want = train(eager, torch.optim.AdamW(eager.parameters(), lr=1e-2), 20, ids)
+    assert want[-1] < 0.5 * want[0]
+    assert got == pytest.approx(want, rel=2e-2)

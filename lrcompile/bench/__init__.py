@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> None:
         own.add_argument("--quick", action="store_true", help="a small part: checks that the measurement runs")
         if name == "kernels":
             own.add_argument("--out", type=Path, metavar="DIR", help="write kernels-DEVICE.json there")
+            own.add_argument("--show", type=Path, metavar="FILE", help="print the table of a result file")
             own.add_argument("--minutes", type=float, default=7.0, help="stop measuring after so long (default 7)")
             own.add_argument(
                 "--target", default="H100", help="the GPU whose expected figures are shown where there is none"

@@ -1,8 +1,8 @@
-"""Our kernels against the vendor's library, torch.compile and other libraries, on the GPU at hand.
+"""Our kernels against the vendor's library, torch.compile and other libraries' kernels, on the GPU at hand.
 
-For every shape: median milliseconds of forward, and of forward and backward, the part of the roofline reached (of the copy
-bandwidth and the product rate measured in the same run), and peak memory. Without a GPU the cost model's expectations
-for one are printed beside empty columns.
+For each case: median microseconds of forward, and of forward and backward; the part of the roofline reached (of the copy
+bandwidth and the bf16 product rate measured in the same run); peak memory; and what the cost model expects. Without a
+GPU, its expectations stand beside empty columns. `--show FILE` prints the table of a committed result file.
 """
 
 from __future__ import annotations
@@ -10,178 +10,152 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from lrcompile.cost import Device, device_named
+from lrcompile.bench.contenders import Case, cases, contenders, expected
+from lrcompile.cost import device_named
+from lrcompile.errors import LrcompileError
 from lrcompile.kernels import launch
-from lrcompile.kernels.lowrank_linear import Shape, lowrank_linear, predict_backward, predict_forward
 
-# (in_features, out_features) of the block matrices that differ.
-LAYERS = {
-    "gpt2-1.5b": [(1600, 4800), (1600, 1600), (1600, 6400), (6400, 1600)],
-    "llama-3-8b": [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)],
-    "qwen3-0.6b": [(1024, 2048), (2048, 1024), (1024, 1024), (1024, 3072), (3072, 1024)],
-}
-TOKENS = (1, 16, 256, 4096, 16384)
-RANKS = (64, 128, 256, None)  # None: a quarter of min(in, out)
+FLUSHED_BYTES = 256 << 20  # more than any last-level cache of the table but AMD's
+REPEATS = 15
 
 
 @dataclass
 class Row:
-    """One measurement.
+    """One contender in one case; seconds are medians, None where not measured.
 
     Attributes:
-        family: "lowrank_linear".
-        model, tokens, in_features, out_features, rank: where.
-        contender: what computed it.
-        forward, both: median seconds of forward, and of forward and backward; None: not measured.
-        roofline: of `both` (of `forward` where that is all), the least possible seconds over the seconds taken.
-        peak_bytes: memory allocated above the operands.
-        expected: seconds that the cost model predicts of `both`, or of `forward`.
+        case: where.
+        name: of the contender.
+        forward, both: seconds of forward, and of forward and backward.
+        roofline: the least seconds that the roofline allows over those taken, of `both` (of `forward` without it).
+        peak_bytes: allocated above the operands, by forward and backward.
+        expected: seconds of forward, and of both, that the cost model predicts.
+        error: why it could not be measured.
     """
 
-    family: str
-    model: str
-    tokens: int
-    in_features: int
-    out_features: int
-    rank: int
-    contender: str
+    case: Case
+    name: str
     forward: float | None = None
     both: float | None = None
     roofline: float | None = None
     peak_bytes: int | None = None
-    expected: float | None = None
+    expected: tuple[float, float] | None = None
+    error: str = ""
 
 
 @dataclass
-class Peaks:
-    """What this device reaches in this run: bytes/s of a large copy, FLOP/s of a large bf16 product."""
+class Result:
+    """A run: the device, its measured peaks (bytes/s of a copy, FLOP/s of a bf16 product), and the rows."""
 
-    bandwidth: float
-    rate: float
+    device: str
+    torch: str
+    bandwidth: float | None
+    rate: float | None
+    rows: list[Row]
+    not_reached: int = 0
 
-    def least(self, flops: float, moved: float) -> float:
-        """Seconds that the roofline allows."""
-        return max(flops / self.rate, moved / self.bandwidth)
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """A result file.
+
+        Raises:
+            LrcompileError: it can't be read as one.
+        """
+        try:
+            body = json.loads(path.read_text("utf-8"))
+            rows = [Row(**{**row, "case": Case(**row["case"])}) for row in body.pop("rows")]
+            return cls(**body, rows=rows)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LrcompileError(f"{path} is no result of `lrcompile bench kernels --out`: {error}") from error
 
 
-def shapes() -> Iterator[tuple[str, Shape]]:
-    """Every shape of the bench, the widest layers of each model first, so that a cut run has seen those."""
-    for tokens in (16384, 1, 4096, 256, 16):
-        for model, layers in LAYERS.items():
-            for k, n in sorted(layers, key=lambda layer: -layer[0] * layer[1]):
-                for rank in RANKS:
-                    yield model, Shape(tokens, k, n, rank or min(k, n) // 4)
-
-
-def run(*, quick: bool = False, out: Path | None = None, minutes: float = 7.0, target: str = "H100") -> None:
-    """Measure, print the table, and write `out`/kernels-DEVICE.json.
+def run(
+    *,
+    quick: bool = False,
+    out: Path | None = None,
+    minutes: float = 7.0,
+    target: str = "H100",
+    show: Path | None = None,
+) -> None:
+    """Measure, print the table, and write it.
 
     Args:
-        quick: two shapes only.
-        out: folder of the result file; None: print only.
-        minutes: stop measuring after so long; what was not reached is missing from the file, and that is told.
+        quick: the first cases only.
+        out: folder for kernels-DEVICE.json and the picture kernels-DEVICE.png; None: print only.
+        minutes: stop measuring after so long; what was not reached is told and counted in the file.
         target: the GPU whose expected figures are printed where there is none.
+        show: print this result file instead.
     """
-    todo = list(shapes())[:2] if quick else list(shapes())
+    todo = list(cases())[:10] if quick else list(cases())
+    if show is not None:
+        _print(Result.read(show))
+        return
     device = launch.describe(torch.device("cuda")) if torch.cuda.is_available() else None
     if device is None:
-        rows = [row for model, shape in todo for row in _expected(model, shape, device_named(target))]
-        _print(rows, f"{target}: expected by the cost model, not measured (no GPU here)")
-        return
-    peaks, name = _peaks(), torch.cuda.get_device_name()
-    rows, start, reached = [], time.monotonic(), 0
-    for model, shape in todo:
-        if time.monotonic() - start > 60 * minutes:
-            break
-        rows += _measure(model, shape, device, peaks)
-        reached += 1
-    title = f"{name}, torch {torch.__version__}: copy {peaks.bandwidth / 1e12:.2f} TB/s, bf16 {peaks.rate / 1e12:.0f} TFLOP/s"
-    if reached < len(todo):
-        title += f"; {len(todo) - reached} of {len(todo)} shapes not reached in {minutes} minutes"
-    _print(rows, title)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / f"kernels-{name.replace(' ', '-')}.json"
-        body = {"device": name, "torch": torch.__version__, **asdict(peaks), "rows": [asdict(row) for row in rows]}
-        path.write_text(json.dumps(body, indent=1), encoding="utf-8")
-        print(f"wrote {path}")
-
-
-def _work(shape: Shape, both: bool) -> tuple[float, float]:
-    """FLOPs, and bytes that have to move in bf16, of a pair; backward as without recomputation: the least there is."""
-    m, k, n, r = shape.tokens, shape.in_features, shape.out_features, shape.rank
-    flops, moved = 2.0 * m * r * (k + n), 2.0 * (m * (k + n) + r * (k + n))
-    if both:
-        flops, moved = 3 * flops, moved + 2.0 * (m * (2 * k + n) + 2 * r * (k + n))
-    return flops, moved
-
-
-def _expected(model: str, shape: Shape, device: Device) -> list[Row]:
-    forward = predict_forward(shape, torch.bfloat16, device)
-    backward = predict_backward(shape, torch.bfloat16, device)
-    where = (model, shape.tokens, shape.in_features, shape.out_features, shape.rank)
-    return [
-        Row("lowrank_linear", *where, f"ours ({forward.variant})", expected=forward.seconds + backward.seconds),
-        Row("lowrank_linear", *where, "two library products", expected=forward.gemms + backward.gemms),
-    ]
-
-
-def _measure(model: str, shape: Shape, device: Device, peaks: Peaks) -> list[Row]:
-    m, k, n, r = shape.tokens, shape.in_features, shape.out_features, shape.rank
-    make = lambda *size: torch.randn(*size, device="cuda", dtype=torch.bfloat16) / size[-1] ** 0.5  # noqa: E731
-    x, a, b, w = (t.requires_grad_() for t in (make(m, k), make(r, k), make(n, r), make(n, k)))
-    dy = torch.randn(m, n, device="cuda", dtype=torch.bfloat16)
-
-    def pair(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.linear(x, a), b)
-
-    contenders: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]] = {
-        "dense": (F.linear, (x, w)),
-        "two library products": (pair, (x, a, b)),
-        "ours": (lambda *t: lowrank_linear(*t, None), (x, a, b)),
-    }
-    if shape.tokens in (1, 16384) and shape.rank in (128, 256):  # compiling each is slow
-        torch._dynamo.reset()
-        contenders["torch.compile max-autotune"] = (torch.compile(pair, mode="max-autotune-no-cudagraphs"), (x, a, b))
-    expected = {row.contender.split(" (")[0]: row.expected for row in _expected(model, shape, device)}
-    rows = []
-    for name, (function, operands) in contenders.items():
-        forward, _ = _time(lambda f=function, o=operands: f(*o), grad=False)  # type: ignore[misc]
-        both, peak = _time(lambda f=function, o=operands: torch.autograd.grad(f(*o), o, dy), grad=True)  # type: ignore[misc]
-        least = peaks.least(*_work(shape, both=True)) if name != "dense" else None
-        rows.append(
-            Row(
-                "lowrank_linear",
-                model,
-                m,
-                k,
-                n,
-                r,
-                name,
-                forward,
-                both,
-                least and least / both,
-                peak,
-                expected.get(name),
+        known = device_named(target)
+        rows = [Row(case, name, expected=told) for case in todo for name, told in expected(case, known).items()]
+        _print(
+            Result(
+                f"{known.name}, expected by the cost model and not measured: no GPU here",
+                torch.__version__,
+                None,
+                None,
+                rows,
             )
         )
-    return rows
+        return
+    result = Result(torch.cuda.get_device_name(), torch.__version__, *_peaks(), rows=[])
+    start = time.monotonic()
+    for done, case in enumerate(todo):
+        if time.monotonic() - start > 60 * minutes:
+            result.not_reached = len(todo) - done
+            break
+        told = expected(case, device)
+        for row in _measure(case, result):
+            row.expected = told.get(row.name)
+            result.rows.append(row)
+    _print(result)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"kernels-{result.device.replace(' ', '-')}.json"
+        path.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
+        picture(result, path.with_suffix(".png"))
+        print(f"wrote {path} and {path.with_suffix('.png')}")
 
 
-def _time(function: Callable[[], Any], grad: bool) -> tuple[float, int]:
-    """(median seconds on the device, peak bytes above what was allocated), the L2 cache cleared before each run."""
-    flush = torch.empty(256 * 1024 * 1024, dtype=torch.int8, device="cuda")
-    with torch.set_grad_enabled(grad):
+def _measure(case: Case, result: Result) -> Iterable[Row]:
+    compiled = case.tokens in (1, 16384) and case.rank == 128 and case.in_features >= 4096
+    for name, make in contenders(case, compiled):
+        try:
+            forward, inputs = make()
+            seconds, _ = timed(forward, gradients=False)
+            row = Row(case, name, seconds)
+            if inputs:
+                dy = torch.randn_like(forward())
+                row.both, row.peak_bytes = timed(lambda f=forward, t=inputs, g=dy: torch.autograd.grad(f(), t, g))  # type: ignore[misc]
+        except Exception as error:  # a peer that can't take the case is told, and the bench goes on
+            yield Row(case, name, error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            continue
+        if name != "dense":
+            flops, moved = case.work(backward=row.both is not None)
+            assert result.rate is not None and result.bandwidth is not None
+            row.roofline = max(flops / result.rate, moved / result.bandwidth) / (row.both or seconds)
+        yield row
+
+
+def timed(function: Callable[[], Any], gradients: bool = True) -> tuple[float, int]:
+    """(median seconds on the device, peak bytes above those allocated before), with a cold L2 cache."""
+    flush = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device="cuda")
+    with torch.set_grad_enabled(gradients):
         for _ in range(3):
             function()
         torch.cuda.synchronize()
@@ -190,7 +164,7 @@ def _time(function: Callable[[], Any], grad: bool) -> tuple[float, int]:
         function()
         peak = torch.cuda.max_memory_allocated() - before
         times = []
-        for _ in range(15):
+        for _ in range(REPEATS):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
             start.record()
@@ -201,35 +175,66 @@ def _time(function: Callable[[], Any], grad: bool) -> tuple[float, int]:
     return statistics.median(times), peak
 
 
-def _peaks() -> Peaks:
+def _peaks() -> tuple[float, float]:
+    """(bytes/s read and written by a copy of 1 GiB, FLOP/s of a bf16 product of side 8192)."""
     source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
-    seconds, _ = _time(lambda: target.copy_(source), grad=False)
+    copy, _ = timed(lambda: target.copy_(source), gradients=False)
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product, _ = _time(lambda: left @ right, grad=False)
-    return Peaks(2 * source.numel() / seconds, 2 * 8192**3 / product)
+    product, _ = timed(lambda: left @ right, gradients=False)
+    return 2 * source.numel() / copy, 2 * 8192**3 / product
 
 
-def _print(rows: list[Row], title: str) -> None:
+def _print(result: Result) -> None:
+    title = f"{result.device}, torch {result.torch}"
+    if result.bandwidth and result.rate:
+        title += f": copy {result.bandwidth / 1e12:.2f} TB/s, bf16 products {result.rate / 1e12:.0f} TFLOP/s"
     table = Table(title=title, title_justify="left", header_style="bold")
-    for column in (
-        "model",
-        "tokens",
-        "in → out",
-        "rank",
-        "what",
-        "fwd µs",
-        "fwd+bwd µs",
-        "roofline",
-        "peak MB",
-        "expected µs",
-    ):
-        table.add_column(column, justify="left" if column in ("model", "what") else "right")
-    write = lambda x, scale: "" if x is None else f"{x * scale:.3g}"  # noqa: E731
-    for row in rows:
+    left = ("case", "layer", "what")
+    for column in (*left[:2], "tokens", "rank", left[2], "fwd µs", "both µs", "roofline", "peak MB", "expected µs"):
+        table.add_column(column, justify="left" if column in left else "right", overflow="fold")
+    last = None
+    for row in result.rows:
+        case = row.case
+        new = case != last
+        if new and last is not None:
+            table.add_section()
+        last = case
+        where = (f"{case.family} {case.form}".strip(), f"{case.model} {case.in_features}→{case.out_features}")
+        told = "" if row.expected is None else " / ".join(_short(t, 1e6) for t in row.expected)
         table.add_row(
-            row.model, str(row.tokens), f"{row.in_features} → {row.out_features}", str(row.rank), row.contender,
-            write(row.forward, 1e6), write(row.both, 1e6), write(row.roofline, 1), write(row.peak_bytes, 1e-6),
-            write(row.expected, 1e6),
+            *(where if new else ("", "")), str(case.tokens) if new else "", str(case.rank or "") if new else "", row.name,
+            row.error or _short(row.forward, 1e6), _short(row.both, 1e6), _short(row.roofline, 1),
+            _short(row.peak_bytes, 1e-6), told,
         )  # fmt: skip
-    Console(width=130 if not Console().is_terminal else None).print(table)
+    console = Console(width=None if Console().is_terminal else 150)
+    console.print(table)
+    if result.not_reached:
+        console.print(f"{result.not_reached} cases were not reached in the time given (--minutes)")
+
+
+def _short(number: float | None, scale: float) -> str:
+    return "" if number is None else f"{number * scale:.3g}"
+
+
+def picture(result: Result, path: Path) -> None:
+    """The roofline, and where each contender stands under it: FLOP/s over FLOPs a byte, log-log."""
+    from matplotlib.figure import Figure
+
+    assert result.rate is not None and result.bandwidth is not None
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    names = sorted({row.name for row in result.rows if row.name != "dense"})
+    for name in names:
+        found = [row for row in result.rows if row.name == name and row.forward is not None]
+        work = [row.case.work(backward=False) for row in found]
+        axes.scatter(
+            [flops / moved for flops, moved in work],
+            [flops / (row.forward or 1.0) for (flops, _), row in zip(work, found, strict=True)],
+            s=12, alpha=0.6, label=name,
+        )  # fmt: skip
+    intensity = [2.0**i for i in range(-2, 13)]
+    axes.plot(intensity, [min(result.rate, i * result.bandwidth) for i in intensity], "k-", label="roofline, measured")
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="FLOP/s, forward", title=result.device)
+    axes.legend()
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in one command of at most ten minutes: the tests marked gpu, the kernel bench, a training
+# comparison. Results go to examples/results/ (or the folder given), keyed by the device's name; commit them.
+#
+#   bash examples/gpu.sh [OUT] [WHEELS]
+#
+# Uses the python on the PATH with the CUDA build of torch it has; WHEELS is a folder of wheels for what that python lacks
+# (jaxtyping, beartype, rich, pytest, hypothesis, bitsandbytes, torchao), where there is no network.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out="${1:-examples/results}"
+wheels="${2:-}"
+mkdir -p "$out"
+if [ -n "$wheels" ]; then
+    python -m pip install -q --no-index --no-deps --find-links "$wheels" "$wheels"/*.whl
+fi
+python -m pip install -q --no-deps --no-build-isolation -e . || exit 1
+python -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || exit 1
+timeout 200 python -m pytest -q -p no:cacheprovider --tb=short -m gpu tests 2>&1 | tee "$out/gpu-tests.txt" | tail -40
+timeout 330 lrcompile bench kernels --out "$out" --minutes 4 2>&1 | tee "$out/gpu-bench.txt" | tail -60
+timeout 60 lrcompile bench step 2>&1 | tee "$out/gpu-step.txt"
+exit "${PIPESTATUS[0]}"

@@ -1,0 +1,84 @@
+"""The kernel bench, as far as it goes without a GPU: every contender computes the same, results are kept and shown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrcompile.bench.contenders import FORMATS, Case, cases, contenders, expected
+from lrcompile.bench.kernels import Result, Row, picture, run
+from lrcompile.cost import device_named
+from lrcompile.errors import LrcompileError
+
+PAIR = Case("lowrank_linear", "toy", 5, 64, 96, 8)
+
+
+QUANTISED = [Case("quant_linear", "toy", 5, 256, 256, 0, form) for form in FORMATS]
+BESIDE = [Case("quant_lowrank_linear", "toy", 5, 256, 256, 16, form) for form in FORMATS]
+
+
+@pytest.mark.parametrize("case", [PAIR, *QUANTISED, *BESIDE], ids=lambda case: f"{case.family}-{case.form}")
+def test_contenders_compute_the_same(case: Case) -> None:
+    if case.form:
+        pytest.importorskip("bitsandbytes" if case.form == "nf4" else "torchao")
+    results = {}
+    for name, make in contenders(case, compiled=False, device="cpu"):
+        if name in ("torchao", "gemlite"):
+            continue  # their kernels are CUDA's
+        forward, inputs = make()
+        y = forward()
+        gradients = torch.autograd.grad(y, inputs, torch.ones_like(y))
+        assert [g.shape for g in gradients] == [t.shape for t in inputs]
+        if name not in ("dense", "ours, no pair"):
+            results[name] = (y, *gradients)
+    assert len(results) >= 2
+    for tensors in results.values():
+        for got, want in zip(tensors, results["library"], strict=True):
+            torch.testing.assert_close(got.float(), want.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_every_family_size_and_rank_is_a_case() -> None:
+    every = list(cases())
+    assert len(every) == len(set(every))
+    assert {case.tokens for case in every} == {1, 16, 256, 4096, 16384}
+    assert {case.family for case in every} == {"lowrank_linear", "quant_linear", "quant_lowrank_linear"}
+    llama = {
+        c.rank for c in every if c.model == "llama-3-8b" and c.family == "lowrank_linear" and c.out_features == 14336
+    }
+    assert llama == {64, 128, 256, 1024}
+
+
+def test_work_counts_by_hand() -> None:
+    flops, moved = PAIR.work(backward=False)
+    assert flops == 2 * 5 * 8 * (64 + 96) and moved == 2 * (5 * (64 + 96) + 8 * (64 + 96))
+    assert PAIR.work(backward=True)[0] == 3 * flops
+
+
+def test_results_are_kept_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = expected(PAIR, device_named("H100"))
+    rows = [Row(PAIR, name, 1e-5, 3e-5, 0.5, 1 << 20, told.get(name)) for name in ("dense", "library", "ours")]
+    result = Result("TOY GPU", "2.13", 3e12, 7e14, [*rows, Row(PAIR, "torchao", error="RuntimeError: no")], 3)
+    path = tmp_path / "kernels-TOY.json"
+    path.write_text(json.dumps(asdict(result)))
+    assert Result.read(path).rows[0].case == PAIR
+    run(show=path)
+    said = capsys.readouterr().out
+    assert "TOY GPU" in said and "RuntimeError: no" in said and "3 cases were not reached" in said
+    pytest.importorskip("matplotlib")
+    picture(result, tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").stat().st_size > 1000
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(LrcompileError, match="is no result of"):
+        run(show=tmp_path / "bad.json")
+
+
+def test_without_a_gpu_the_expected_figures_stand_beside_empty_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    run(quick=True, target="A100")
+    said = capsys.readouterr().out
+    assert "A100, expected by the cost model and not measured: no GPU here" in said
