@@ -23,6 +23,7 @@ from lrcompile.passes import (
     lower,
     reassociate,
     select,
+    share_input,
 )
 from lrcompile.passes.graphs import linear_fn, pair_product, scopes, value
 from lrcompile.weights.factor import svd_pair
@@ -33,7 +34,7 @@ BLOCKS = {
     f"body.blocks.{i}.{n}.weight" for i in (0, 1) for n in ("up", "down")
 }  # the weights of a LanguageModel's blocks
 DECIDE = [canonicalize, select, allocate_ranks]
-ALL = [*DECIDE, factorize, reassociate, fuse_epilogue, lower]
+ALL = [*DECIDE, factorize, reassociate, fuse_epilogue, share_input, lower]
 
 
 class Block(nn.Module):
