@@ -259,6 +259,25 @@ def _predict_backward(
     return Choice(chosen.variant, chosen.seconds, total(twice + rest, device, precision))
 
 
+def predict(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: Device,
+    needed: tuple[bool, bool, bool, bool] | None = None,
+    kept: bool = False,
+) -> Choice:
+    """Forward, and backward where gradients are `needed`: lowrank_linear (or, `kept`, lowrank_linear_keep) against Inductor.
+
+    The variant names both: "fused + shared".
+    """
+    forward = predict_forward(shape, dtype, device)
+    if needed is None or not any(needed):
+        return forward
+    backward = predict_backward(shape, dtype, device, needed, kept)
+    seconds, gemms = forward.seconds + backward.seconds, forward.gemms + backward.gemms
+    return Choice(f"{forward.variant} + {backward.variant}", seconds, gemms)
+
+
 def _backward(
     dy: Tensor, x: Tensor | None, h: Tensor | None, a: Tensor, b: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -270,7 +289,9 @@ def _backward(
     flat_dy, device = rows(dy), launch.describe(dy.device)
     flat = None if x is None else rows(x)
     shape = Shape(flat_dy.shape[0], a.shape[1], b.shape[0], a.shape[0], of_bias)
-    predict = functools.partial(predict_backward, shape, dy.dtype, needed=tuple(needed), kept=h is not None)
+    predict = functools.partial(
+        predict_backward, shape, dy.dtype, needed=(of_x, of_a, of_b, of_bias), kept=h is not None
+    )
     variant = launch.pick(f"{FAMILY}_backward", flat_dy, device, predict)
     none = dy.new_empty(0)
     g = db = dbias = none

@@ -249,5 +249,9 @@ def test_the_model_follows_the_sizes():
     assert frozen.variant == "gemms" and frozen.seconds == frozen.gemms < kept.seconds
     for choice in (forward(16, 256), forward(4096, 64), kept):
         assert choice.gain > 1 and choice.seconds > 0
+    both = family.predict(whole, torch.bfloat16, H100, needed=(True,) * 4, kept=True)
+    first = family.predict_forward(whole, torch.bfloat16, H100)
+    assert both.seconds == first.seconds + kept.seconds and both.variant == f"{first.variant} + shared"
+    assert family.predict(whole, torch.bfloat16, H100) == first
     # fp32 without tf32 has no tensor cores: the library's products
     assert family.predict_forward(Shape(4096, 4096, 4096, 64), torch.float32, H100).variant == "gemms"
