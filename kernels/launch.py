@@ -111,6 +111,12 @@ def rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 and flat.stride(0) < 1 << 23 else flat.contiguous()
 
 
+def shaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A contiguous result (tokens, features) in its own shape, and not as a view: autograd lets no one write to a view
+    that an operator returned."""
+    return torch.ops.aten._unsafe_view(y, shape)
+
+
 def tf32() -> bool:
     """Whether torch lets fp32 products round their inputs to tf32."""
     # This reads right whichever of torch's three switches was used; the two older ones raise after the newest.

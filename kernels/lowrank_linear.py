@@ -110,11 +110,18 @@ def _narrow_costs(shape: Shape, size: int, tile: Tile, parts: int) -> list[Cost]
 
 def predict_forward(shape: Shape, dtype: torch.dtype, device: Device) -> Choice:
     """Which of "fused", "narrow" and "gemms" computes y, and the predicted seconds."""
-    return _predict_forward(shape, dtype.itemsize, launch.precision(dtype), device)
+    return choose(forward_seconds(shape, dtype.itemsize, launch.precision(dtype), device))
 
 
 @functools.cache
-def _predict_forward(shape: Shape, size: int, precision: str, device: Device) -> Choice:
+def forward_seconds(shape: Shape, size: int, precision: str, device: Device) -> dict[str, float]:
+    """The predicted seconds of "gemms", and of "fused" and "narrow" where they are for this shape.
+
+    Args:
+        shape, device: of the product.
+        size: bytes of an element.
+        precision: of the products, as Device.rate takes it.
+    """
     m, k, n, rank = shape.tokens, shape.in_features, shape.out_features, shape.rank
     # A small intermediate is read back from the cache; a large one went to memory.
     far = m * rank * size if m * rank * size > device.l2_bytes / 2 else 0
@@ -131,7 +138,7 @@ def _predict_forward(shape: Shape, size: int, precision: str, device: Device) ->
     if tile is not None:
         parts = narrow_splits(shape, size, tile, precision, device)
         predicted["narrow"] = total(_narrow_costs(shape, size, tile, parts), device, precision)
-    return choose(predicted)
+    return predicted
 
 
 def check(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
@@ -168,7 +175,7 @@ def _compute(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, keep: bool) -
         a, b = a.contiguous(), b.contiguous()
         run, splits = {"fused": (kernels.fused, fused_splits), "narrow": (kernels.narrow, narrow_splits)}[variant]
         y, h = run(flat, a, b, bias, tile, splits(shape, x.dtype.itemsize, tile, precision, device), keep)
-    return y.view(*x.shape[:-1], b.shape[0]), h
+    return launch.shaped(y, (*x.shape[:-1], b.shape[0])), h
 
 
 def _forward(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,7 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lrcompile.kernels.aot import Specimen
+from lrcompile.kernels.epilogue import Epilogue
+from lrcompile.kernels.epilogue_triton import finish
 from lrcompile.kernels.launch import Tile, input_precision, on_device, padded
+
+PLAIN = Epilogue()
 
 
 @triton.jit
@@ -40,10 +44,13 @@ def thin_product(x, a, rows, k, rank, stride, RANK: tl.constexpr, BLOCK_M: tl.co
 
 
 @triton.jit
-def fused_kernel(x, a, b, bias, y, kept, m, n, k, rank, stride, columns, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr,
-                 RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+def fused_kernel(x, a, b, bias, other, y, kept, m, n, k, rank, stride, other_stride, columns, HAS_BIAS: tl.constexpr,
+                 KEEP: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                 BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, OF_Z: tl.constexpr = "",
+                 OF_OTHER: tl.constexpr = "", JOIN: tl.constexpr = ""):  # fmt: skip
     """y for BLOCK_M rows and `columns` columns: the rank-wide intermediate never leaves the chip, unless it is kept.
+
+    The epilogue named by the last three is applied before y is rounded.
 
     Programs beside each other in the second grid axis compute it again from x, which the L2 cache then holds.
     """
@@ -62,6 +69,8 @@ def fused_kernel(x, a, b, bias, y, kept, m, n, k, rank, stride, columns, HAS_BIA
     left = tl.program_id(1).to(tl.int64) * columns
     b += left * rank
     y += first * n + left
+    if JOIN != "":
+        other += first * other_stride + left
     width = tl.minimum(columns, n - left).to(tl.int32)
     for start in range(0, width, BLOCK_N):
         col = start + j
@@ -70,16 +79,19 @@ def fused_kernel(x, a, b, bias, y, kept, m, n, k, rank, stride, columns, HAS_BIA
         if HAS_BIAS:
             out += tl.load(bias + left + col, col < width, 0.0).to(tl.float32)[None, :]
         mask = (i[:, None] < rows) & (col[None, :] < width)
+        out = finish(out, other, i[:, None] * other_stride + col[None, :], mask, OF_Z, OF_OTHER, JOIN)
         tl.store(y + i[:, None].to(tl.int64) * n + col[None, :], out.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
-def narrow_kernel(x, w, bias, y, m, n, k, stride, share, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
+def narrow_kernel(x, w, bias, other, y, m, n, k, stride, other_stride, share, PARTS: tl.constexpr,
+                  HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                  PRECISION: tl.constexpr, OF_Z: tl.constexpr = "", OF_OTHER: tl.constexpr = "",
+                  JOIN: tl.constexpr = ""):  # fmt: skip
     """y[s] = x·Wᵀ + bias for m <= BLOCK_M rows, over the s-th share of k: w (n, k) is read once, by rows.
 
-    x comes in PARTS, (PARTS, m, k), which are summed in their order and rounded to w's dtype.
+    x comes in PARTS, (PARTS, m, k), which are summed in their order and rounded to w's dtype. The epilogue named by the
+    last three is applied before y is rounded.
     """
     s = tl.program_id(1)
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
@@ -103,6 +115,9 @@ def narrow_kernel(x, w, bias, y, m, n, k, stride, share, PARTS: tl.constexpr, HA
         acc += tl.load(bias + first + j, j < columns, 0.0).to(tl.float32)[None, :]
     y += s.to(tl.int64) * m * n + first
     mask = (i[:, None] < m) & (j[None, :] < columns)
+    if JOIN != "":
+        other += first
+    acc = finish(acc, other, i[:, None] * other_stride + j[None, :], mask, OF_Z, OF_OTHER, JOIN)
     tl.store(y + i[:, None].to(tl.int64) * n + j[None, :], acc.to(y.dtype.element_ty), mask)
 
 
@@ -147,34 +162,60 @@ def shared_kernel(dy, x, kept, a, b, g, db, dbias, m, n, k, rank, stride, dy_str
 
 
 def fused(
-    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, tile: Tile, splits: int = 1, keep: bool = False
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    tile: Tile,
+    splits: int = 1,
+    keep: bool = False,
+    epilogue: Epilogue = PLAIN,
+    other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y (m, n) in one launch. x (m, k) has unit stride along k; a (rank, k) and b (n, rank) are contiguous.
 
     Args:
         splits: programs that share a block of rows, each with its part of the columns.
         keep: write x·Aᵀ (m, rank) too, and return it.
+        epilogue, other: what follows, and its operand (m, n) with unit stride along n; y's dtype is promoted by it.
     """
     (m, k), (n, rank) = x.shape, b.shape
-    y = x.new_empty(m, n)
+    y = _output(x, n, other)
     h = x.new_empty(m, rank) if keep else None
     columns = tile.block_n * triton.cdiv(n, tile.block_n * splits)
     grid = (triton.cdiv(m, tile.block_m), triton.cdiv(n, columns))
     with on_device(x):
         fused_kernel[grid](
-            x, a, b, bias, y, h, m, n, k, rank, x.stride(0), columns, HAS_BIAS=bias is not None, KEEP=keep,
-            RANK=padded(rank), **_blocks(tile, x.dtype),
+            x, a, b, bias, other, y, h, m, n, k, rank, x.stride(0), _stride(other), columns, HAS_BIAS=bias is not None,
+            KEEP=keep, RANK=padded(rank), **blocks(tile, x.dtype), **epilogue.constants,
         )  # fmt: skip
     return y, h
 
 
-def _blocks(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
-    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    return {**blocks, "PRECISION": input_precision(dtype), **tile.options}
+def _output(x: Tensor, n: int, other: Tensor | None) -> Tensor:
+    return x.new_empty((len(x), n), dtype=x.dtype if other is None else torch.promote_types(x.dtype, other.dtype))
+
+
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def blocks(tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
+    """What every kernel is launched with: the tile, and how fp32 operands are multiplied."""
+    sides = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    return {**sides, "PRECISION": input_precision(dtype), **tile.options}
 
 
 def narrow(
-    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, tile: Tile, splits: int = 1, keep: bool = False
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    tile: Tile,
+    splits: int = 1,
+    keep: bool = False,
+    epilogue: Epilogue = PLAIN,
+    other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y (m, n) for m <= tile.block_m, at any rank, in two launches; operands as `fused` takes them.
 
@@ -186,20 +227,22 @@ def narrow(
     Args:
         splits: shares of k that x·Aᵀ is summed from.
         keep: return x·Aᵀ (m, rank) too.
+        epilogue, other: as `fused` takes them.
     """
     (m, k), (n, rank) = x.shape, b.shape
     share = tile.block_k * triton.cdiv(k, tile.block_k * splits)
     parts = triton.cdiv(k, share)
     h = x.new_empty((parts, m, rank), dtype=torch.float32)
-    y = x.new_empty(m, n)
-    blocks = _blocks(tile, x.dtype)
+    y = _output(x, n, other)
+    same = blocks(tile, x.dtype)
     with on_device(x):
         narrow_kernel[(triton.cdiv(rank, tile.block_n), parts)](
-            x, a, None, h, m, rank, k, x.stride(0), share, PARTS=1, HAS_BIAS=False, **blocks
+            x, a, None, None, h, m, rank, k, x.stride(0), 0, share, PARTS=1, HAS_BIAS=False, **same
         )
         narrow_kernel[(triton.cdiv(n, tile.block_n), 1)](
-            h, b, bias, y, m, n, rank, rank, rank, PARTS=parts, HAS_BIAS=bias is not None, **blocks
-        )
+            h, b, bias, other, y, m, n, rank, rank, _stride(other), rank, PARTS=parts, HAS_BIAS=bias is not None,
+            **same, **epilogue.constants,
+        )  # fmt: skip
     return y, h.sum(0).to(x.dtype) if keep else None
 
 
@@ -216,11 +259,10 @@ def shared(
     g = dy.new_empty(m, rank)
     db = dy.new_empty((programs, n, rank), dtype=torch.float32)
     dbias = dy.new_empty((programs, n if bias else 0), dtype=torch.float32)
-    stride = 0 if x is None else x.stride(0)
     with on_device(dy):
         shared_kernel[(programs,)](
-            dy, x, h, a, b, g, db, dbias, m, n, k, rank, stride, dy.stride(0), HAS_BIAS=bias, KEPT=h is not None,
-            RANK=padded(rank), **_blocks(tile, dy.dtype),
+            dy, x, h, a, b, g, db, dbias, m, n, k, rank, _stride(x), dy.stride(0), HAS_BIAS=bias, KEPT=h is not None,
+            RANK=padded(rank), **blocks(tile, dy.dtype),
         )  # fmt: skip
     return g, db.sum(0).to(dy.dtype), dbias.sum(0).to(dy.dtype)
 
@@ -229,14 +271,15 @@ def specimen(kernel: str, row: dict[str, Any]) -> Specimen:
     """What a row of the tuning table compiles to: the hungriest of the shapes it serves, all extras on."""
     tile = Tile(**row["tile"])
     element = "bf16" if row["precision"] == "half" else "fp32"
-    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    constants = blocks | {"HAS_BIAS": True, "PRECISION": "tf32" if row["precision"] == "tf32" else "ieee"}
+    constants: dict[str, Any] = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    constants |= {"HAS_BIAS": True, "PRECISION": "tf32" if row["precision"] == "tf32" else "ieee"}
+    plain = {"other": None, **PLAIN.constants}
     if kernel == "narrow":  # its second launch: a bias, and fp32 parts to sum
         pointers = dict.fromkeys(("w", "bias", "y"), element) | {"x": "fp32"}
-        return Specimen(narrow_kernel, pointers, constants | {"PARTS": 4})
+        return Specimen(narrow_kernel, pointers, constants | plain | {"PARTS": 4})
     constants |= {"RANK": padded(row["up_to"]["rank"])}
     if kernel == "fused":
         pointers = dict.fromkeys(("x", "a", "b", "bias", "y", "kept"), element)
-        return Specimen(fused_kernel, pointers, constants | {"KEEP": True})
+        return Specimen(fused_kernel, pointers, constants | plain | {"KEEP": True})
     pointers = dict.fromkeys(("dy", "x", "a", "b", "g"), element) | {"db": "fp32", "dbias": "fp32"}
     return Specimen(shared_kernel, pointers, constants | {"kept": None, "KEPT": False})

@@ -20,6 +20,7 @@ def register(
     fake: Callable[..., Any],
     autograd: tuple[Callable[..., Any], Callable[..., None]] | None = None,
     cast: bool = True,
+    promoted: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
     """Define lrcompile::name.
 
@@ -32,6 +33,7 @@ def register(
             operators of a backward, asking for a gradient raises KernelError.
         cast: under autocast, turn fp32 and 16-bit floating tensors into autocast's dtype, as F.linear does. False for
             an operator that runs in backward, where operands keep the dtype that forward gave them.
+        promoted: positions of the arguments that autocast leaves alone, those of pointwise arithmetic.
 
     Returns:
         torch.ops.lrcompile.name.
@@ -44,7 +46,7 @@ def register(
     torch.library.register_autograd(f"lrcompile::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     op: Callable[..., Any] = getattr(torch.ops.lrcompile, name).default
     for device, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
-        _LIBRARY.impl(name, _autocast_rule(op, device, cast), key)
+        _LIBRARY.impl(name, _autocast_rule(op, device, cast, promoted), key)
     return op
 
 
@@ -55,12 +57,12 @@ def _no_second_derivative(name: str) -> Callable[..., Any]:
     return raises
 
 
-def _autocast_rule(op: Callable[..., Any], device: str, cast: bool) -> Callable[..., Any]:
+def _autocast_rule(op: Callable[..., Any], device: str, cast: bool, promoted: tuple[int, ...]) -> Callable[..., Any]:
     # torch.library.register_autocast casts to one dtype fixed beforehand; autocast's is chosen by the caller.
     def rule(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         if cast:
-            args = tuple(_cast(arg, device, dtype) for arg in args)
+            args = tuple(arg if i in promoted else _cast(arg, device, dtype) for i, arg in enumerate(args))
         # The products inside would be cast once more otherwise.
         with torch.autocast(device, enabled=False):
             return op(*args)
@@ -69,5 +71,7 @@ def _autocast_rule(op: Callable[..., Any], device: str, cast: bool) -> Callable[
 
 
 def _cast(arg: Any, device: str, dtype: torch.dtype) -> Any:
+    if isinstance(arg, (list, tuple)):
+        return [_cast(item, device, dtype) for item in arg]
     eligible = isinstance(arg, Tensor) and arg.device.type == device and arg.is_floating_point()
     return arg.to(dtype) if eligible and arg.dtype != torch.float64 else arg

@@ -5,6 +5,8 @@ select          which weights get a pair                              decides
 allocate_ranks  one dial -> a rank each                               decides
 factorize       weight -> weight_b @ weight_a                         approximating
 reassociate     x (B A)ᵀ -> (x Aᵀ) Bᵀ                                 exact
+fuse_epilogue   what follows a pair, in its kernel                    exact
+share_input     pairs over one input, in one kernel                   exact
 lower           how each site is computed on this device              exact
 
 Weight passes (select, allocate_ranks, factorize) run once, when a model is planned. Program passes (the others) run at
@@ -18,9 +20,11 @@ from lrcompile.passes.allocate_ranks import allocate_ranks
 from lrcompile.passes.canonicalize import canonicalize
 from lrcompile.passes.contract import KERNELS, PassContext, PassFunction, PassResult, Weight, graph_pass
 from lrcompile.passes.factorize import factorize
+from lrcompile.passes.fuse_epilogue import fuse_epilogue
 from lrcompile.passes.lower import lower
 from lrcompile.passes.reassociate import reassociate
 from lrcompile.passes.select import select
+from lrcompile.passes.share_input import share_input
 from lrcompile.recipe import Recipe
 
 __all__ = [
@@ -34,7 +38,16 @@ __all__ = [
     "pass_list",
 ]
 
-PASSES: tuple[PassFunction, ...] = (canonicalize, select, allocate_ranks, factorize, reassociate, lower)
+PASSES: tuple[PassFunction, ...] = (
+    canonicalize,
+    select,
+    allocate_ranks,
+    factorize,
+    reassociate,
+    fuse_epilogue,
+    share_input,
+    lower,
+)
 
 
 def pass_list(recipe: Recipe, *, weights: bool, program: bool = True) -> list[PassFunction]:

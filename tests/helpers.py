@@ -19,9 +19,11 @@ from lrcompile.passes import (
     allocate_ranks,
     canonicalize,
     factorize,
+    fuse_epilogue,
     lower,
     reassociate,
     select,
+    share_input,
 )
 from lrcompile.passes.graphs import linear_fn, pair_product, scopes, value
 from lrcompile.weights.factor import svd_pair
@@ -32,7 +34,7 @@ BLOCKS = {
     f"body.blocks.{i}.{n}.weight" for i in (0, 1) for n in ("up", "down")
 }  # the weights of a LanguageModel's blocks
 DECIDE = [canonicalize, select, allocate_ranks]
-ALL = [*DECIDE, factorize, reassociate, lower]
+ALL = [*DECIDE, factorize, reassociate, fuse_epilogue, share_input, lower]
 
 
 class Block(nn.Module):

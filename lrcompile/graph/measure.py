@@ -9,7 +9,8 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-import lrcompile.kernels.lowrank_linear  # noqa: F401  registers the operator
+import lrcompile.kernels.lowrank_epilogue  # noqa: F401  registers the operators
+import lrcompile.kernels.lowrank_group  # noqa: F401
 from lrcompile.graph.pipeline import run_on_fakes
 from lrcompile.passes.graphs import scopes, value
 
@@ -37,8 +38,12 @@ def _cpu_attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any 
     return int(sdpa_flop_count(query, key, value))
 
 
-def _lowrank_linear(x: Any, a: Any, b: Any, bias: Any = None, out_shape: Any = None, **kwargs: Any) -> int:
+def _lowrank_linear(x: Any, a: Any, b: Any, bias: Any = None, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * math.prod(x[:-1]) * a[0] * (a[1] + b[0])
+
+
+def _lowrank_group(x: Any, a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sum(_lowrank_linear(x, *pair) for pair in zip(a, b, strict=True))
 
 
 # What torch's counter doesn't know: the fused attention of the CPU, and our operators.
@@ -46,6 +51,8 @@ _MORE_FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     torch.ops.lrcompile.lowrank_linear: _lowrank_linear,
     torch.ops.lrcompile.lowrank_linear_keep: _lowrank_linear,
+    torch.ops.lrcompile.lowrank_epilogue: _lowrank_linear,
+    torch.ops.lrcompile.lowrank_group: _lowrank_group,
 }
 
 
