@@ -186,7 +186,7 @@ def settle_copies(parameters: Iterable[nn.Parameter], live: Live) -> None:
             continue
         top = live.top(owner)
         paired = [(n, m) for n, m in top.named_modules() if isinstance(m, PairedModule)]
-        copied = [n.split(".") for n, m in paired if not all(settled(m._parameters[leaf]) for leaf in m.lr_leaves)]
+        copied = [n.split(".") for n, m in paired if not all(settled(getattr(m, leaf)) for leaf in m.lr_leaves)]
         # The smallest part of the model with all of them in it: there the original's Plan has decided.
         settle(top.get_submodule(".".join(os.path.commonprefix(copied))).parameters(), {})
 

@@ -54,7 +54,7 @@ def _choice(site: Site, ctx: PassContext) -> tuple[str, str]:
         return THIN, f"our kernels are not for {dtype}"
     x, a, b, bias = map(chosen.wants_gradient, chosen.pair_operands(site))
     trains = chosen.wants_gradient(site.node)
-    seconds = {}
+    seconds: dict[str, float] = {}
     for what, kept in ((RECOMPUTE, False), *([(KEEP, True)] * trains)):
         found = lowrank_linear.predict(shape, dtype, ctx.target, (x, a, b, bias) if trains else None, kept)
         seconds |= {what: found.seconds, THIN: found.gemms}
