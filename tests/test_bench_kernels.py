@@ -17,11 +17,12 @@ from lrcompile.errors import LrcompileError
 PAIR = Case("lowrank_linear", "toy", 5, 64, 96, 8)
 
 
+OTHERS = [Case(family, "toy", 5, 64, 96, 8) for family in ("lowrank_group", "lowrank_epilogue")]
 QUANTISED = [Case("quant_linear", "toy", 5, 256, 256, 0, form) for form in FORMATS]
 BESIDE = [Case("quant_lowrank_linear", "toy", 5, 256, 256, 16, form) for form in FORMATS]
 
 
-@pytest.mark.parametrize("case", [PAIR, *QUANTISED, *BESIDE], ids=lambda case: f"{case.family}-{case.form}")
+@pytest.mark.parametrize("case", [PAIR, *OTHERS, *QUANTISED, *BESIDE], ids=lambda case: f"{case.family}-{case.form}")
 def test_contenders_compute_the_same(case: Case) -> None:
     if case.form:
         pytest.importorskip("bitsandbytes" if case.form == "nf4" else "torchao")
@@ -45,7 +46,7 @@ def test_every_family_size_and_rank_is_a_case() -> None:
     every = list(cases())
     assert len(every) == len(set(every))
     assert {case.tokens for case in every} == {1, 16, 256, 4096, 16384}
-    assert {case.family for case in every} == {"lowrank_linear", "quant_linear", "quant_lowrank_linear"}
+    assert {case.family for case in every} == {c.family for c in (PAIR, *OTHERS, *QUANTISED, *BESIDE)}
     llama = {
         c.rank for c in every if c.model == "llama-3-8b" and c.family == "lowrank_linear" and c.out_features == 14336
     }

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from lrcompile.cost import Device
+from lrcompile.kernels import lowrank_epilogue as epilogue
+from lrcompile.kernels import lowrank_group as group
 from lrcompile.kernels import lowrank_linear as pair
 from lrcompile.kernels import quant_linear as quant
 from lrcompile.kernels import quant_lowrank_linear as both
@@ -24,6 +26,7 @@ LAYERS = {
 }
 TOKENS = (16384, 1, 4096, 256, 16)
 RANKS = (64, 128, 256, None)  # None: a quarter of min(in, out)
+GROUPED = 3  # pairs over one input: q, k, v
 FORMATS = ("nf4", "int4", "int8")
 DTYPE = torch.bfloat16
 
@@ -51,6 +54,12 @@ class Case:
     def work(self, backward: bool) -> tuple[float, float]:
         """FLOPs, and bytes that have to move: operands, results, and gradients of x and the pair once each."""
         m, k, n, r, size = self.tokens, self.in_features, self.out_features, self.rank, DTYPE.itemsize
+        if self.family == "lowrank_group":  # x is read, and its gradient written, once
+            each, read = (
+                Case("lowrank_linear", self.model, m, k, n, r).work(backward),
+                size * m * k * (3 if backward else 1),
+            )
+            return GROUPED * each[0], GROUPED * (each[1] - read) + read
         stored = {"nf4": 0.5 + 4 / 64, "int4": 0.5 + 4 / 128, "int8": 1.0}.get(self.form, 0.0) * k * n
         flops, moved = (
             2.0 * m * (r * (k + n) + (k * n if self.form else 0)),
@@ -74,6 +83,8 @@ def cases() -> Iterator[Case]:
                 k, n = layers[i]
                 for rank in dict.fromkeys(rank or min(k, n) // 4 for rank in RANKS):
                     yield Case("lowrank_linear", model, tokens, k, n, rank)
+                yield Case("lowrank_group", model, tokens, k, n, 128)
+                yield Case("lowrank_epilogue", model, tokens, k, n, 128)
                 for form in FORMATS:
                     yield Case("quant_linear", model, tokens, k, n, 0, form)
                     yield Case("quant_lowrank_linear", model, tokens, k, n, 64, form)
@@ -82,10 +93,15 @@ def cases() -> Iterator[Case]:
 def expected(case: Case, device: Device) -> dict[str, tuple[float, float]]:
     """Contender -> seconds that the cost model predicts of forward, and of forward and backward."""
     m, k, n = case.tokens, case.in_features, case.out_features
+    shape = pair.Shape(m, k, n, case.rank)
     if case.family == "lowrank_linear":
-        shape = pair.Shape(m, k, n, case.rank)
-        forward = pair.predict_forward(shape, DTYPE, device)
-        backward = pair.predict_backward(shape, DTYPE, device)
+        forward, backward = pair.predict_forward(shape, DTYPE, device), pair.predict_backward(shape, DTYPE, device)
+    elif case.family == "lowrank_group":
+        shapes = (shape,) * GROUPED
+        forward, backward = group.predict_forward(shapes, DTYPE, device), group.predict_backward(shapes, DTYPE, device)
+    elif case.family == "lowrank_epilogue":
+        forward = epilogue.predict_forward(shape, "gelu", DTYPE, device)
+        backward = epilogue.predict_backward(shape, "gelu", DTYPE, device)
     else:
         form = format_of(case.form)
         stored = quant.Shape(m, k, n, form.layout, form.group, rank=case.rank)
@@ -112,13 +128,30 @@ def contenders(case: Case, compiled: bool, device: str = "cuda") -> Iterator[tup
         return (torch.randn(*shape, device=device) / shape[-1] ** 0.5).to(DTYPE).requires_grad_()
 
     x, w = random(m, k), random(n, k)
+
+    def thin(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, a), b)
+
+    a, b = random(max(1, r), k), random(n, max(1, r))
+    if case.family == "lowrank_group":
+        many_a, many_b = [random(r, k) for _ in range(GROUPED)], [random(n, r) for _ in range(GROUPED)]
+        every = (x, *many_a, *many_b)
+
+        def ours() -> torch.Tensor:
+            return torch.cat(group.lowrank_group(x, many_a, many_b, []), -1)
+
+        def library() -> torch.Tensor:
+            return torch.cat([thin(x, a, b) for a, b in zip(many_a, many_b, strict=True)], -1)
+
+        yield "library", lambda: (library, every)
+        yield "ours", lambda: (ours, every)
+        return
+    if case.family == "lowrank_epilogue":
+        yield "library", lambda: (lambda: F.gelu(thin(x, a, b)), (x, a, b))
+        yield "ours", lambda: (lambda: epilogue.lowrank_epilogue(x, a, b, None, "gelu", None), (x, a, b))
+        return
     yield "dense", lambda: (lambda: F.linear(x, w), (x, w) if case.family == "lowrank_linear" else (x,))
     if case.family == "lowrank_linear":
-        a, b = random(r, k), random(n, r)
-
-        def thin(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            return F.linear(F.linear(x, a), b)
-
         yield "library", lambda: (lambda: thin(x, a, b), (x, a, b))
         yield "ours", lambda: (lambda: pair.lowrank_linear(x, a, b, None), (x, a, b))
         yield "ours, keeping", lambda: (lambda: pair.lowrank_linear_keep(x, a, b, None)[0], (x, a, b))
@@ -131,7 +164,6 @@ def contenders(case: Case, compiled: bool, device: str = "cuda") -> Iterator[tup
     stored = quantise(form, w.detach())
     packed = [stored[key] for key in form.keys]
     if case.family == "quant_lowrank_linear":
-        a, b = random(r, k), random(n, r)
         yield "ours, no pair", lambda: (lambda: quant.quant_linear(x, packed, form.layout, form.group, None), (x,))
         yield (
             "ours",
