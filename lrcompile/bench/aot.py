@@ -5,6 +5,7 @@ Needs Triton, no GPU. A configuration "fits" within the target's shared memory a
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from lrcompile.errors import LrcompileError
 
 def run(*, quick: bool = False) -> None:
     """Compile and print; `quick` takes the first family only."""
+    os.environ.pop("TRITON_INTERPRET", None)  # compiled for real here, whatever this shell does in its tests
     from lrcompile.kernels.aot import shipped
 
     files = resources.files(lrcompile.kernels).joinpath("tuning").iterdir()
