@@ -123,7 +123,14 @@ def test_errors_are_those_of_the_svd_and_of_the_adopted_model(inputs):
 def test_an_adopted_model_is_shown_without_the_weight_passes(inputs):
     model = lrcompile.adopt(Mlp(), RECIPE, inputs)
     report = lrcompile.inspect(model, inputs, RECIPE, verify=True)
-    assert [s.name for s in report.stages] == ["capture", "canonicalize", "reassociate", "fuse_epilogue", "share_input", "lower"]
+    assert [s.name for s in report.stages] == [
+        "capture",
+        "canonicalize",
+        "reassociate",
+        "fuse_epilogue",
+        "share_input",
+        "lower",
+    ]
     assert report["lower"].flops == 2 * TOKENS * PAIRS
     assert set(report.errors) == {"layers.0.weight", "layers.1.weight"}
     str(report)
