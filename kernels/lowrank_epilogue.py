@@ -181,7 +181,7 @@ def check(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, kind: str, other
 
 def _plan(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor, Device | None, Shape]:
     flat = rows(x)
-    return flat, launch.describe(x.device), Shape(flat.shape[0], *a.shape[1:], *b.shape, bias is not None)
+    return flat, launch.describe(x.device), Shape(len(flat), a.shape[1], b.shape[0], b.shape[1], bias is not None)
 
 
 def _forward(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, kind: str, other: Tensor | None) -> Tensor:

@@ -44,7 +44,7 @@ def reference(
     Returns:
         (..., out_features_i) for each, in x's dtype (or autocast's).
     """
-    given = bias or [None] * len(weight_a)
+    given: list[Tensor | None] = [*bias] or [None] * len(weight_a)
     return [lowrank_linear.reference(x, *pair) for pair in zip(weight_a, weight_b, given, strict=True)]
 
 
@@ -185,7 +185,9 @@ def check(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], bias: Sequence[Te
 
 
 def _shapes(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], bias: bool) -> tuple[Shape, ...]:
-    return tuple(Shape(len(x), left.shape[1], *right.shape, bias) for left, right in zip(a, b, strict=True))
+    return tuple(
+        Shape(len(x), left.shape[1], right.shape[0], right.shape[1], bias) for left, right in zip(a, b, strict=True)
+    )
 
 
 def _forward(x: Tensor, a: list[Tensor], b: list[Tensor], bias: list[Tensor]) -> list[Tensor]:
@@ -197,7 +199,7 @@ def _forward(x: Tensor, a: list[Tensor], b: list[Tensor], bias: list[Tensor]) ->
         results = reference(flat, a, b, bias)
     elif variant == "joined":
         parts = F.linear(flat, torch.cat(a)).split([len(left) for left in a], 1)
-        given = bias or [None] * len(a)
+        given: list[Tensor | None] = [*bias] or [None] * len(a)
         results = [F.linear(h, right, c) for h, right, c in zip(parts, b, given, strict=True)]
     else:
         from lrcompile.kernels import lowrank_group_triton as kernels
@@ -230,7 +232,9 @@ def _backward(
     ranks = [len(left) for left in a]
     joined = torch.cat(a) if of_x or any(of_b) else None
     h = [None] * count if flat is None or not any(of_b) else (flat @ _given(joined).t()).split(ranks, 1)
-    g, db, dbias = [], [], []
+    g: list[Tensor] = []
+    db: list[Tensor] = []
+    dbias: list[Tensor] = []
     for i in range(count):
         own = _own_gradients(rows(dy[i]), h[i], a[i], b[i], of_x or any(of_a), of_b[i], of_bias[i])
         for into, found in zip((g, db, dbias), own, strict=True):
@@ -253,7 +257,7 @@ def _own_gradients(
     dy: Tensor, h: Tensor | None, a: Tensor, b: Tensor, of_g: bool, of_b: bool, of_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dY·B (tokens, rank), the gradients of weight_b and the bias; lowrank_linear's kernel where dY is read once by it."""
-    device, shape = launch.describe(dy.device), Shape(len(dy), a.shape[1], *b.shape, of_bias)
+    device, shape = launch.describe(dy.device), Shape(len(dy), a.shape[1], b.shape[0], b.shape[1], of_bias)
     predict = functools.partial(
         lowrank_linear.predict_backward, shape, dy.dtype, needed=(of_g, False, of_b, of_bias), kept=True
     )

@@ -96,6 +96,7 @@ def fused(
         splits: programs that share a block of rows, each with its part of every pair's columns.
     """
     (m, k), absent = x.shape, [None] * (MOST - len(a))
+    offsets: list[Tensor | None] = [*bias] or [None] * len(a)
     widths, ranks = [len(right) for right in b], [len(left) for left in a]
     y = [x.new_empty(m, n) for n in widths]
     columns = [tile.block_n * triton.cdiv(n, tile.block_n * splits) for n in widths]
@@ -104,7 +105,7 @@ def fused(
     sizes = dict(zip((f"RANK{i}" for i in range(MOST)), [padded(rank) for rank in ranks] + none, strict=True))
     with on_device(x):
         fused_kernel[(triton.cdiv(m, tile.block_m), programs)](
-            x, *a, *absent, *b, *absent, *(bias or [None] * len(a)), *absent, *y, *absent, m, k, x.stride(0),
+            x, *a, *absent, *b, *absent, *offsets, *absent, *y, *absent, m, k, x.stride(0),
             *widths, *none, *ranks, *none, *columns, *none, **sizes, **blocks(tile, x.dtype),
         )  # fmt: skip
     return y

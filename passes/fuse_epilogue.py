@@ -122,9 +122,11 @@ def _activation_after(z: fx.Node) -> tuple[str, fx.Node, list[fx.Node]]:
 
     A dropout that is switched off is stepped over.
     """
-    user, skipped = _only_user(z), list[fx.Node]()
+    user = _only_user(z)
+    skipped: list[fx.Node] = []
     if user is not None and _idle_dropout(user):
-        z, user, skipped = user, _only_user(user), [user]
+        skipped = [user]
+        z, user = user, _only_user(user)
     if user is not None and (name := _named(user)):
         return name, user, [user, *skipped]
     if len(z.users) == 2:
@@ -143,8 +145,9 @@ def _activation_at(node: fx.Node, alone: bool = True) -> tuple[str, Any, list[fx
         return name, node.args[0], [node]
     if node.target in _PRODUCTS and len(node.args) == 2 and not node.kwargs:
         for x, gate in (node.args, node.args[::-1]):
-            sigmoid = isinstance(gate, fx.Node) and gate.target in _SIGMOIDS and len(gate.users) == 1
-            if sigmoid and isinstance(x, fx.Node) and gate.args == (x,):
+            if not isinstance(gate, fx.Node) or gate.target not in _SIGMOIDS or len(gate.users) != 1:
+                continue
+            if isinstance(x, fx.Node) and gate.args == (x,):
                 return "silu", x, [node, gate]
     return "", None, []
 
