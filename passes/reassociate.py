@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lrcompile.passes.chains import argument, value
+from lrcompile.passes.chosen import emit_at
 from lrcompile.passes.contract import PassContext, PassResult, graph_pass
 from lrcompile.passes.graphs import Site, drop_dead, emit, linear_fn, looks_up_rows, module_name, pair_product, sites
 
@@ -37,8 +38,8 @@ def reassociate(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
                 result.notes.append(f"{name}: embedding options (max_norm, sparse) keep the dense product")
                 continue
         else:
-            x = emit(site.scope, site.node, linear_fn, site.x, right)
-            new = emit(site.scope, site.node, linear_fn, x, left, argument(site.node, 2, "bias"))
+            x = emit_at(site.scope, site.node, site.node, linear_fn, site.x, right)
+            new = emit_at(site.scope, site.node, site.node, linear_fn, x, left, argument(site.node, 2, "bias"))
         site.node.replace_all_uses_with(new)
         site.scope.gm.graph.erase_node(site.node)
         rank = value(right).shape[0]

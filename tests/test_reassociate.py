@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import lrcompile
 from lrcompile import Recipe
 from lrcompile.passes.graphs import value
 
@@ -56,3 +57,19 @@ def test_half_precision_weights_cast_where_they_are_used():
     assert stages[5].verified <= 1
     leaves = [value(n) for n in captured.graphs[0].placeholders if "lr_leaf" in n.meta]
     assert {t.dtype for t in leaves} == {torch.bfloat16}
+
+
+def test_autocast_inside_the_model_is_verified_by_its_own_rounding() -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 256), nn.Linear(256, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = self.b(F.gelu(self.a(x)))
+            return x + y
+
+    report = lrcompile.inspect(Cast(), (torch.randn(8, 64),), Recipe(rank=8), verify=True)
+    thin = [n for n in report["reassociate"].graph.graph.nodes if n.target is torch._C._nn.linear]
+    assert len(thin) == 4 and all(n.meta["example_value"].dtype == torch.bfloat16 for n in thin)

@@ -183,7 +183,7 @@ def compare(before: fx.GraphModule, after: fx.GraphModule, inputs: list[Any]) ->
         else:
             break
     right = _run_with_gradients(after, inputs, gradients)
-    precision = _precision([t for tensors in left for t in tensors])
+    precision = _precision([*(t for tensors in left for t in tensors), *_values(before)])
     return max(_gap(a, b, _ROUNDING[precision]) for a, b in zip(left, right, strict=True))
 
 
@@ -235,6 +235,13 @@ def _median(t: torch.Tensor) -> float:
     """The median magnitude of the numbers that aren't zero; 0 where all are."""
     t = t[t != 0].abs()
     return float(t.median()) if t.numel() else 0.0
+
+
+def _values(gm: fx.GraphModule) -> list[torch.Tensor]:
+    """The fake values of all nodes, sub-graphs' too: autocast inside computes in less than the outputs show."""
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    found = (value(node) for graph in graphs for node in graph.nodes)
+    return [v for v in found if isinstance(v, torch.Tensor)]
 
 
 def _precision(tensors: list[torch.Tensor | None]) -> torch.dtype:
