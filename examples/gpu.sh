@@ -14,9 +14,17 @@ mkdir -p "$out"
 if [ -n "$wheels" ]; then
     python -m pip install -q --no-index --no-deps --find-links "$wheels" "$wheels"/*.whl
 fi
-python -m pip install -q --no-deps --no-build-isolation -e . || exit 1
+if ! python -m pip install -q --no-deps --no-build-isolation -e .; then
+    # Without setuptools here: the installed layout (passes/ and kernels/ inside lrcompile/) made of links.
+    links="$PWD/build/links"
+    mkdir -p "$links/lrcompile" "$links/lrcompile-0.1.0.dist-info"
+    ln -sfn "$PWD"/lrcompile/* "$PWD/passes" "$PWD/kernels" "$links/lrcompile/"
+    printf 'Metadata-Version: 2.1\nName: lrcompile\nVersion: 0.1.0\n' >"$links/lrcompile-0.1.0.dist-info/METADATA"
+    printf '[torch_dynamo_backends]\nlrcompile = lrcompile.backend:lrcompile\n' >"$links/lrcompile-0.1.0.dist-info/entry_points.txt"
+    export PYTHONPATH="$links" PYTHONSAFEPATH=1
+fi
 python -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || exit 1
 timeout 200 python -m pytest -q -p no:cacheprovider --tb=short -m gpu tests 2>&1 | tee "$out/gpu-tests.txt" | tail -40
-timeout 330 lrcompile bench kernels --out "$out" --minutes 4 2>&1 | tee "$out/gpu-bench.txt" | tail -60
-timeout 60 lrcompile bench step 2>&1 | tee "$out/gpu-step.txt"
+timeout 330 python -m lrcompile.cli bench kernels --out "$out" --minutes 4 2>&1 | tee "$out/gpu-bench.txt" | tail -60
+timeout 60 python -m lrcompile.cli bench step 2>&1 | tee "$out/gpu-step.txt"
 exit "${PIPESTATUS[0]}"

@@ -63,7 +63,9 @@ def refuse_started(
 
 def _initial(state: dict[str, Any]) -> dict[str, Any] | None:
     """State made before any step (Adagrad fills its sums when built): every tensor's one value. None: it has stepped."""
-    if "step" not in state or float(state["step"]) != 0:
+    if "step" not in state:  # LBFGS counts before its first evaluation
+        return state if all(type(v) is int and v == 0 for v in state.values()) else None
+    if float(state["step"]) != 0:
         return None
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.numel()}
     if any(bool((v != v.flatten()[0]).any()) for v in tensors.values()):

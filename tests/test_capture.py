@@ -347,3 +347,16 @@ def test_an_old_torch_is_refused(monkeypatch, version):
 def test_a_torch_that_is_new_enough(monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     capture_module.check_torch()
+
+
+def test_a_forward_that_torch_does_not_trace_is_told() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lstm(x)[0]
+
+    with pytest.raises(CaptureError, match="torch doesn't trace a forward that runs an nn.LSTM"):
+        capture(Recurrent(), (torch.randn(3, 2, 8),))

@@ -36,6 +36,22 @@ def test_optimizers_follow(build) -> None:
     assert not [n for n, p in model.named_parameters() if n in before and torch.equal(p, before[n])]
 
 
+def test_lbfgs_whose_closure_makes_the_first_call() -> None:
+    model, ids = Model(), batch()
+    run = torch.compile(model, backend="lrcompile", options=EAGER)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(run, ids)
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure).detach()) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    check_followed(model, optimizer)
+
+
 def test_an_optimizer_built_later_from_an_older_list_follows() -> None:
     model = Model()
     old = list(model.parameters())

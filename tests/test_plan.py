@@ -356,3 +356,9 @@ def test_a_compiled_model_is_planned_by_its_plain_names() -> None:
     assert made == lrcompile.plan(model, X)
     lrcompile.adopt(torch.compile(model), made)  # type: ignore[arg-type]
     assert all(plain_name(n) == n for n, _ in model.named_parameters()) and model.up.weight_a.ndim == 2
+
+
+def test_an_include_that_matches_no_weight_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    with pytest.raises(PlanError, match="include='0.bias' matches biases and norms only"):
+        lrcompile.plan(model, (torch.randn(2, 8),), Recipe(rank=2, include=["0.bias"]))

@@ -119,10 +119,12 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
             graph.inputs = [real_of.get(id(value), value) for value in graph.inputs]
     breaks = [why for why, n in counters["graph_break"].items() if n > before.get(why, 0)]
     if not graphs:
+        recurrent = any(isinstance(m, nn.RNNBase) for m in plain.modules())
         raise CaptureError(
             f"Dynamo made no graph of {type(plain).__name__}: "
             + (
                 "; ".join(_first_line(b) for b in breaks)
+                or ("torch doesn't trace a forward that runs an nn.LSTM, GRU or RNN" if recurrent else "")
                 or "its forward runs no tensor operation or compiling is disabled"
             )
         )

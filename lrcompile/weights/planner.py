@@ -85,10 +85,12 @@ def refuse_adopted(model: nn.Module) -> None:
 
 
 def check_globs(model: nn.Module | list[nn.Module], recipe: Recipe) -> None:
-    """Raise PlanError for an include or exclude glob that matches no parameter and no module of the model (or models)."""
+    """Raise PlanError for a glob that matches no parameter and no module of the model (or models), include no weight."""
     models = model if isinstance(model, list) else [model]
-    names = [plain_name(n) for m in models for n, _ in m.named_parameters(remove_duplicate=False)]
+    held = [(plain_name(n), p.dim()) for m in models for n, p in m.named_parameters(remove_duplicate=False)]
+    names = [name for name, _ in held]
     probe = Weight(tuple(names), (1, 1), torch.float32)
+    matrices = Weight(tuple(name for name, dim in held if dim > 1), (1, 1), torch.float32)
     for option in ("include", "exclude"):
         for glob in getattr(recipe, option):
             if names and not probe.matches(glob):
@@ -97,6 +99,8 @@ def check_globs(model: nn.Module | list[nn.Module], recipe: Recipe) -> None:
                     f"{option}={glob!r} matches no module that holds a parameter, and no parameter{deeper}; "
                     f"the model has {_owners(names)}"
                 )
+            if option == "include" and names and not matrices.matches(glob):
+                raise PlanError(f"include={glob!r} matches biases and norms only, no weight that could become a pair")
 
 
 def _owners(names: Sequence[str], most: int = 8) -> str:
