@@ -67,11 +67,10 @@ def fold_lines(lines: Iterable[str]) -> list[str]:
     by_change: dict[str, list[str]] = {}
     for line in lines:
         site, _, what = line.partition(": ")
-        site = site.removesuffix(".weight")
         by_change.setdefault(what, []).append(site)
     out = []
     for what, sites in by_change.items():
-        folded = fold(sites)
+        folded = fold(name.removesuffix(".weight") for site in sites for name in site.split(", "))
         where = ", ".join(folded[:4]) + (f" and {len(folded) - 4} more" if len(folded) > 4 else "")
         times = f"{len(sites)} × " if len(sites) > 1 else ""
         out.append(f"{times}{what}: {where}" if what else where)
