@@ -65,6 +65,44 @@ def out_features(packed: Sequence[Tensor], layout: str, in_features: int) -> int
     return codes.numel() * 2 // in_features if layout in ("nf4", "fp4") else codes.shape[0]
 
 
+def misfit(packed: Sequence[Tensor], layout: str, group: int, in_features: int) -> str:
+    """What is wrong with the tensors of a matrix with so many columns; "" where they are as the layout has them.
+
+    An nf4 or fp4 matrix doesn't tell its own width: any that divides its codes is taken.
+    """
+    if layout not in LAYOUTS:
+        return f"there is no such layout; known: {', '.join(LAYOUTS)}"
+    k, flat = in_features, layout in ("nf4", "fp4")
+    if group < 0 or (group == 0 and layout in ("nf4", "fp4", "int4")) or (group and layout == "int8_row"):
+        return "a whole row is a group of 0 (int8, int8_row); else the number of values that share a scale"
+    if len(packed) not in {"int4": (3,)}.get(layout, (2, 5) if flat else (2,)):
+        return f"it is held in {'2 or 5' if flat else 3 if layout == 'int4' else 2} tensors, not {len(packed)}"
+    codes = packed[0]
+    if flat:
+        if codes.numel() == 0 or codes.numel() * 2 % k:
+            return f"{codes.numel()} bytes of codes are no whole rows of {k}"
+        blocks = -(-codes.numel() * 2 // group)
+        wanted = [(None, torch.uint8), ((blocks,), torch.float32)]
+        if len(packed) == 5:
+            outer = -(-blocks // NESTED_GROUP)
+            wanted = [wanted[0], ((blocks,), torch.uint8), ((outer,), torch.float32)]
+            wanted += [((256,), torch.float32), ((), torch.float32)]
+    elif codes.dim() != 2 or (group and k % group):
+        return "codes are a matrix, and groups divide its columns"
+    elif layout == "int4":
+        scales = ((k // group, codes.shape[0]), packed[1].dtype)
+        if not packed[1].is_floating_point():
+            return "scales and zero points are floating"
+        wanted = [((codes.shape[0], k // 2), torch.int8), scales, scales]
+    else:
+        scale = (codes.shape[0],) if layout == "int8_row" else (codes.shape[0], k // (group or k))
+        wanted = [((codes.shape[0], k), torch.int8), (scale, torch.float32)]
+    for i, (t, (shape, dtype)) in enumerate(zip(packed, wanted, strict=True)):
+        if t.dtype != dtype or (shape is not None and tuple(t.shape) != shape):
+            return f"its tensor {i} is {tuple(t.shape)} {t.dtype}, where {shape or 'codes'} {dtype} belongs"
+    return ""
+
+
 def block_scales(packed: Sequence[Tensor]) -> Tensor:
     """Scales of an nf4 or fp4 matrix, nested ones unfolded: (blocks,) fp32."""
     if len(packed) == 2:

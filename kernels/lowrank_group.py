@@ -283,20 +283,29 @@ def _backward_fake(
 
 def _setup(ctx: Any, inputs: tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]], output: list[Tensor]) -> None:
     x, a, b, _ = inputs
+    ctx.set_materialize_grads(False)  # a result that nothing was derived from gives no gradients, not zeros
     # All operands in a row here: x, every weight_a, every weight_b.
     of_weights = any(ctx.needs_input_grad[1 : 1 + 2 * len(a)])
     ctx.save_for_backward(x if of_weights else None, *a, *b)
 
 
-def _autograd(ctx: Any, dy: list[Tensor]) -> tuple[Any, ...]:
+def _autograd(ctx: Any, dy: list[Tensor | None]) -> tuple[Any, ...]:
     x, *pairs = ctx.saved_tensors
     count = len(pairs) // 2
-    of_x, of_a, of_b, of_bias = ctx.needs_input_grad
-    needed = [*of_a, *of_b, *(of_bias or [False] * count)]
-    dx, *found = lowrank_group_backward(dy, x, pairs[:count], pairs[count:], of_x, needed)
-    gradients = [t if want else None for t, want in zip(found, needed, strict=True)]
-    da, db, dbias = (gradients[i * count : (i + 1) * count] for i in range(3))
-    return dx if of_x else None, da, db, dbias if of_bias else []
+    of_x, *of_pairs = ctx.needs_input_grad
+    wanted = [each or [False] * count for each in of_pairs]
+    used = [i for i in range(count) if dy[i] is not None]
+    gradients: list[list[Tensor | None]] = [[None] * count for _ in range(3)]
+    dx = None
+    if used:
+        needed = [each[i] for each in wanted for i in used]
+        a, b = ([side[i] for i in used] for side in (pairs[:count], pairs[count:]))
+        dx, *found = lowrank_group_backward([dy[i] for i in used], x, a, b, of_x, needed)
+        places = [(side, i) for side in range(3) for i in used]
+        for (side, i), t, want in zip(places, found, needed, strict=True):
+            gradients[side][i] = t if want else None
+    da, db, dbias = gradients
+    return dx if of_x else None, da, db, dbias if of_pairs[2] else []
 
 
 lowrank_group_backward = register(

@@ -94,4 +94,5 @@ lowrank_quant_linear = register(
     {"CPU": _forward, "CUDA": _forward},
     _forward_fake,
     (_autograd, _setup_context),
+    promoted=(1, 4),  # scales and tables keep their precision
 )

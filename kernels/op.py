@@ -52,7 +52,9 @@ def register(
 
 def _no_second_derivative(name: str) -> Callable[..., Any]:
     def raises(ctx: Any, *gradients: Any) -> Any:
-        raise KernelError(f"lrcompile::{name} has no derivative; for second derivatives run the model uncompiled")
+        raise KernelError(
+            f"lrcompile::{name} has no derivative; for second derivatives run the model, or the plain products, uncompiled"
+        )
 
     return raises
 

@@ -166,24 +166,10 @@ def _fused(
 
 def check(op: str, x: Tensor, packed: Sequence[Tensor], layout: str, group: int, bias: Tensor | None) -> None:
     """Raise KernelError for operands that don't fit together."""
-    if layout not in decode.LAYOUTS:
-        raise KernelError(f"{op}: there is no layout {layout!r}; known: {', '.join(decode.LAYOUTS)}")
-    counts = {"nf4": (2, 5), "fp4": (2, 5), "int4": (3,)}.get(layout, (2,))
-    if len(packed) not in counts:
-        raise KernelError(f"{op}: {layout} is held in {' or '.join(map(str, counts))} tensors, not {len(packed)}")
-    codes, scale = packed[0], packed[1]
-    if codes.dtype not in (torch.uint8, torch.int8):
-        raise KernelError(f"{op}: codes are uint8 or int8, not {codes.dtype}")
-    k = x.shape[-1]
-    if layout in ("nf4", "fp4"):
-        fits = (codes.numel() * 2) % k == 0 and scale.numel() == -(-codes.numel() * 2 // group)
-    else:
-        n = codes.shape[0]
-        shapes = {"int8": (n, k // group if group else 1), "int8_row": (n,), "int4": (k // (group or 1), n)}
-        fits = codes.shape[1] == (k // 2 if layout == "int4" else k) and tuple(scale.shape) == shapes[layout]
-    if not fits:
-        told = ", ".join(str(tuple(t.shape)) for t in packed)
-        raise KernelError(f"{op}: x {tuple(x.shape)} doesn't fit a weight held in {told} ({layout}, groups of {group})")
+    k = x.shape[-1] if x.dim() else 0
+    wrong = decode.misfit(packed, layout, group, k) if k else "x needs features"
+    if wrong:
+        raise KernelError(f"{op}: x {tuple(x.shape)} and an {layout} weight in groups of {group}: {wrong}")
     if not x.is_floating_point() or (bias is not None and bias.dtype != x.dtype):
         told = f"x is {x.dtype}" + ("" if bias is None else f", the bias {bias.dtype}")
         raise KernelError(f"{op}: {told}; give both one floating dtype, or enter autocast")
@@ -213,7 +199,7 @@ def shape_of(tokens: int, in_features: int, packed: Sequence[Tensor], layout: st
 
 def _forward(x: Tensor, packed: Sequence[Tensor], layout: str, group: int, bias: Tensor | None) -> Tensor:
     check(FAMILY, x, packed, layout, group, bias)
-    flat = rows(x)
+    packed, flat = [t.contiguous() for t in packed], rows(x)
     m, k = flat.shape
     device = launch.describe(x.device)
     shape = shape_of(m, k, packed, layout, group)
@@ -226,7 +212,7 @@ def _forward(x: Tensor, packed: Sequence[Tensor], layout: str, group: int, bias:
         tile = launch.need(tile_for("forward", m, x.dtype, device), FAMILY, variant)
         splits = splits_for(m, k, shape.out_features, tile, device)
         y = kernels.forward(flat, packed, layout, group, bias, tile, splits)
-    return y.view(*x.shape[:-1], shape.out_features)
+    return launch.shaped(y, (*x.shape[:-1], shape.out_features))
 
 
 def _forward_fake(x: Tensor, packed: Sequence[Tensor], layout: str, group: int, bias: Tensor | None) -> Tensor:
@@ -236,7 +222,7 @@ def _forward_fake(x: Tensor, packed: Sequence[Tensor], layout: str, group: int, 
 
 def _backward(dy: Tensor, packed: Sequence[Tensor], layout: str, group: int, in_features: int) -> Tensor:
     """dX (..., in_features)."""
-    flat = rows(dy)
+    packed, flat = [t.contiguous() for t in packed], rows(dy)
     device = launch.describe(dy.device)
     shape = shape_of(flat.shape[0], in_features, packed, layout, group)
     name = f"{FAMILY}_backward"
@@ -281,4 +267,5 @@ quant_linear = register(
     {"CPU": _forward, "CUDA": _forward},
     _forward_fake,
     (_autograd, _setup_context),
+    promoted=(1,),  # scales and tables keep their precision
 )

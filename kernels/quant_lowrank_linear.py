@@ -74,7 +74,7 @@ def _forward(
     bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     check(x, packed, layout, group, a, b, bias)
-    flat = rows(x)
+    packed, flat = [t.contiguous() for t in packed], rows(x)
     m, k = flat.shape
     device = launch.describe(x.device)
     shape = shape_of(m, k, packed, layout, group, a.shape[0])
@@ -89,7 +89,7 @@ def _forward(
         tile = launch.need(tile_for("forward", m, x.dtype, device), FAMILY, variant)
         splits = splits_for(m, k, shape.out_features, tile, device)
         y = kernels.forward(flat, packed, layout, group, bias, tile, splits, kernels.Pair(h, b.contiguous(), factor))
-    return y.view(*x.shape[:-1], shape.out_features)
+    return launch.shaped(y, (*x.shape[:-1], shape.out_features))
 
 
 def _forward_fake(
@@ -109,6 +109,7 @@ def _backward(
     x is None where only its own gradient is.
     """
     of_x, of_a, of_b = needed
+    packed = [t.contiguous() for t in packed]
     flat_dy, flat = rows(dy), None if x is None else rows(x)
     dx, da, db = (dy.new_empty(0) for _ in needed)
     g = flat_dy @ b if of_x or of_a else dy.new_empty(0)
@@ -175,4 +176,5 @@ quant_lowrank_linear = register(
     {"CPU": _forward, "CUDA": _forward},
     _forward_fake,
     (_autograd, _setup_context),
+    promoted=(1,),  # scales and tables keep their precision
 )

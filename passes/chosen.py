@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from lrcompile.cost import MARGIN, Device
 from lrcompile.kernels.lowrank_linear import Shape
@@ -60,7 +61,7 @@ def wants_gradient(node: Any) -> bool:
 
 def fits(site: Site) -> bool:
     """Whether an operator of ours can stand for a site: the shapes of what autocast makes aren't known on `meta`."""
-    return not casts(site.node) or value(site.node).device.type in ("cpu", "cuda")
+    return not (casts(site.node) or casts(site.x)) or value(site.node).device.type in ("cpu", "cuda")
 
 
 def has_kernels(site: Site) -> bool:
@@ -83,10 +84,17 @@ def undisturbed(nodes: Iterable[fx.Node]) -> bool:
 
 def casts(linear: fx.Node) -> bool:
     """Whether autocast is at work in a linear of the graph."""
-    return any(value(x).dtype != value(linear).dtype for x in linear.args[:2])
+    return _cast_from(linear.args, value(linear).dtype)
+
+
+def _cast_from(operands: Any, dtype: torch.dtype) -> bool:
+    tensors = (value(x) for x in tree_leaves(operands) if isinstance(x, fx.Node))
+    return any(t.is_floating_point() and t.dtype != dtype for t in tensors if isinstance(t, torch.Tensor))
 
 
 def emit_at(scope: Scope, before: fx.Node, like: fx.Node, op: Any, *args: Any) -> fx.Node:
     """Emit an operator that casts its operands as `like`, a linear, did: autocast may be on in the graph, or around it."""
-    with torch.autocast(value(like).device.type, value(like).dtype) if casts(like) else nullcontext():
+    dtype = value(like).dtype
+    cast = dtype in (torch.float16, torch.bfloat16) and _cast_from(args, dtype)
+    with torch.autocast(value(like).device.type, dtype) if cast else nullcontext():
         return emit(scope, before, op, *args, like=like)

@@ -251,6 +251,7 @@ def pair_of(site: Site) -> int | None:
         or not isinstance(inner, fx.Node)
         or inner.target is not linear_fn
         or len(inner.users) != 1
+        or argument(inner, 2, "bias") is not None
     ):
         return None
     first = trace_matrix(argument(inner, 1, "weight")).source

@@ -45,6 +45,8 @@ def _choice(site: Site, ctx: PassContext) -> tuple[str, str]:
     """What computes a pair, and why."""
     if ctx.kernels == "auto" and ctx.target is None:
         return THIN, ctx.device
+    if not chosen.undisturbed([site.x, site.node]):
+        return THIN, "what stands between the two writes to memory, or switches autocast or gradients"
     if not chosen.fits(site):
         return THIN, "what autocast makes of it isn't known on meta"
     if ctx.kernels != "auto" or ctx.target is None:

@@ -122,3 +122,61 @@ def test_on_a_gpu_twenty_steps_go_the_way_of_eager(kernels: str) -> None:
     want = train(eager, torch.optim.AdamW(eager.parameters(), lr=1e-2), 20, ids)
     assert want[-1] < 0.5 * want[0]
     assert got == pytest.approx(want, rel=2e-2)
+
+
+# --- what looks like a pair, and isn't one ----------------------------------------------------------------------------
+
+
+class Beside(nn.Module):
+    """Two linears of the user's own beside one that is adopted; `between` says what stands between the two."""
+
+    def __init__(self, between: str, bias: bool = False) -> None:
+        super().__init__()
+        self.big = nn.Linear(64, 64)
+        self.down, self.up = nn.Linear(64, 8, bias=bias), nn.Linear(8, 64, bias=False)
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.big(x) * 1.0
+        if self.between == "no_grad":
+            with torch.no_grad():
+                h = self.down(x)
+            return x + self.up(h)
+        h = self.down(x)
+        if self.between == "write":
+            x.add_(1)
+        if self.between == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                return x + self.up(h)
+        return x + self.up(h)
+
+
+@pytest.mark.parametrize(
+    ("between", "bias", "frozen"),
+    [("nothing", True, False), ("no_grad", False, False), ("write", False, True), ("autocast", False, False)],
+)
+def test_two_linears_that_are_no_pair_stay_as_they_are(between: str, bias: bool, frozen: bool) -> None:
+    model, x = Beside(between, bias), torch.randn(16, 64)
+    lrcompile.adopt(model, Recipe(rank=4, include=["big"]), (x,))
+    model.requires_grad_(not frozen)
+    run = torch.compile(model, backend="lrcompile", options={"kernels": "triton", "inner": "aot_eager"})
+    got, want = run(x), model(x)
+    torch.testing.assert_close(got, want)
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    if leaves:
+        found, wanted = (torch.autograd.grad(y.square().sum(), leaves, allow_unused=True) for y in (got, want))
+        for a, b in zip(found, wanted, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b)
+
+
+def test_autocast_around_mixed_dtypes() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32), nn.GELU())
+    x = torch.randn(8, 32)
+    lrcompile.adopt(model, Recipe(rank=4, include=["0", "2"]), (x,))
+    model[0].weight_b.data = model[0].weight_b.data.bfloat16()
+    model[2].weight_a.data, model[2].weight_b.data = (w.data.bfloat16() for w in (model[2].weight_a, model[2].weight_b))
+    run = torch.compile(model, backend="lrcompile", options={"kernels": "triton", "inner": "aot_eager"})
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(run(x), model(x), rtol=2e-2, atol=2e-2)

@@ -155,3 +155,23 @@ def test_for_a_gpu_the_predicted_times_decide(trains: bool) -> None:
         assert (line in stage.changed) == (1.05 * float(ours) < float(theirs)) == (3 in found), line
         outcomes.add(line in stage.changed)
     assert outcomes == {True, False}
+
+
+def test_a_member_that_nothing_is_derived_from_gets_no_gradient() -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.a(x).tanh() + self.b(x).detach())
+
+    model, x = Detached(), torch.randn(4, 64)
+    lrcompile.adopt(model, lrcompile.Recipe(rank=8, include=["a", "b"]), (x,))
+    run = torch.compile(model, backend="lrcompile", options={"kernels": "triton", "inner": "aot_eager"})
+    run(x).sum().backward()
+    assert model.b.weight_a.grad is None and model.b.weight_b.grad is None and model.b.bias.grad is None
+    found = model.a.weight_a.grad.clone()
+    model.zero_grad()
+    model(x).sum().backward()
+    torch.testing.assert_close(found, model.a.weight_a.grad)

@@ -168,7 +168,10 @@ def _product(name: str, stored_in_out: bool) -> property:
         left, right = getattr(self, b), getattr(self, a)
         # A parameter read under no_grad gives gradients where it is used later; so must what stands for one.
         lent = (left.requires_grad or right.requires_grad) and not torch.is_grad_enabled()
-        with torch.enable_grad() if lent and not torch.is_inference_mode_enabled() else nullcontext():
+        if lent:
+            with torch.enable_grad():
+                product = torch.matmul(left, right)
+        else:
             product = torch.matmul(left, right)
         if product.dtype != left.dtype:  # under autocast: model code asks for the dtype that is stored
             product = product.to(left.dtype)

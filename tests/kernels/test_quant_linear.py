@@ -251,11 +251,11 @@ def test_what_does_not_fit_is_told(on_h100: None):
     x, weight, a, b, bias, _ = Case("int8-32", 9, 64, 40).operands()
     packed, layout, group = weight
     for wrong, message in (
-        ((x[:, 1:], packed, layout, group, bias), r"x \(9, 63\) doesn't fit a weight held in \(40, 64\), \(40, 2\)"),
-        ((x, packed, "int5", group, bias), "no layout 'int5'; known: nf4"),
+        ((x[:, 1:], packed, layout, group, bias), r"x \(9, 63\) and an int8 weight in groups of 32: .*groups divide its columns"),
+        ((x, packed, "int5", group, bias), "there is no such layout; known: nf4"),
         ((x, packed[:1], layout, group, bias), "held in 2 tensors, not 1"),
-        ((x, packed, layout, 64, bias), "doesn't fit"),
-        ((x, [packed[0].float(), packed[1]], layout, group, bias), "uint8 or int8, not torch.float32"),
+        ((x, packed, layout, 64, bias), r"tensor 1 is \(40, 2\) torch.float32, where \(40, 1\) torch.float32 belongs"),
+        ((x, [packed[0].float(), packed[1]], layout, group, bias), "torch.float32, where .* torch.int8 belongs"),
         ((x, packed, layout, group, bias[1:]), r"bias \(39,\)"),
         ((x.half(), packed, layout, group, bias), "one floating dtype"),
         ((x, [packed[0].to("meta"), packed[1]], layout, group, bias), "move them to one device"),
@@ -313,3 +313,74 @@ def test_the_tiles_fit_for_the_other_formats_too():
     compiled = sum(len({"sm_80", "sm_90", "sm_120"} & set(row["arch"])) for row in rows)
     assert len(done.stdout.splitlines()) == 2 * compiled > 0
     assert [line for line in done.stdout.splitlines() if not line.startswith("True")] == []
+
+
+# --- operands ---------------------------------------------------------------------------------------------------------
+
+
+def _packed(layout: str) -> tuple[list[torch.Tensor], int]:
+    """A (64, 128) matrix of random codes."""
+
+    def codes(*shape: int) -> torch.Tensor:
+        return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+    if layout == "nf4":
+        return [codes(64 * 64, 1).view(torch.uint8), torch.rand(128) + 0.5], 64
+    if layout == "nested":
+        outer = [torch.rand(1), torch.linspace(-1, 1, 256), torch.tensor(0.3)]
+        return [codes(64 * 64, 1).view(torch.uint8), codes(128).view(torch.uint8), *outer], 64
+    if layout == "int8":
+        return [codes(64, 128), torch.rand(64, 4)], 32
+    if layout == "int8_row":
+        return [codes(64, 128), torch.rand(64)], 0
+    return [codes(64, 64), torch.rand(4, 64), torch.rand(4, 64)], 32
+
+
+LAYOUTS = ["nf4", "nested", "int8", "int8_row", "int4"]
+
+
+def _run(x: torch.Tensor, packed: list[torch.Tensor], layout: str, group: int) -> torch.Tensor:
+    return torch.ops.lrcompile.quant_linear(x, packed, "nf4" if layout == "nested" else layout, group, None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_autocast_leaves_scales_as_they_are(layout: str) -> None:
+    x, (packed, group) = torch.randn(3, 128), _packed(layout)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = _run(x, packed, layout, group)
+    assert torch.equal(got, _run(x.bfloat16(), packed, layout, group))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_tensors_of_any_strides(layout: str) -> None:
+    x, (packed, group) = torch.randn(3, 128), _packed(layout)
+    strided = [t if t.dim() == 0 else torch.stack((t, t), -1)[..., 0] for t in packed]
+    assert not any(t.is_contiguous() for t in strided if t.numel() > 1)
+    assert torch.equal(_run(x, strided, layout, group), _run(x, packed, layout, group))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wrong", ["dtype", "size", "count", "group", "features", "scalar"])
+def test_operands_that_do_not_fit_are_refused(layout: str, wrong: str) -> None:
+    x, (packed, group) = torch.randn(3, 128), _packed(layout)
+    if wrong == "dtype":
+        packed[0] = packed[0].view(torch.int8 if packed[0].dtype == torch.uint8 else torch.uint8)
+    elif wrong == "size":
+        packed[-1] = torch.rand(7)
+    elif wrong == "count":
+        packed = packed[:-1]
+    elif wrong == "group":
+        group = 5 if layout == "int8_row" else 24
+    elif wrong == "features":
+        x = torch.randn(3, 100)
+    else:
+        x = torch.tensor(1.0)
+    with pytest.raises(KernelError, match="quant_linear: x"):
+        _run(x, packed, layout, group)
+
+
+def test_a_result_may_be_written_to() -> None:
+    packed, group = _packed("int8")
+    for shape in ((3, 128), (2, 3, 128), (128,)):
+        y = _run(torch.randn(shape, requires_grad=True), packed, "int8", group)
+        y.add_(1).sum().backward()
