@@ -21,7 +21,7 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[list[str]]:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     lines += re.findall(r"`(lrcompile bench [^`]*|make \w+)`", README)
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    return [words for line in dict.fromkeys(lines) if (words := shlex.split(line, comments=True))]
 
 
 def test_there_is_something_to_run() -> None:
