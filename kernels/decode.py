@@ -78,6 +78,7 @@ def misfit(packed: Sequence[Tensor], layout: str, group: int, in_features: int) 
     if len(packed) not in {"int4": (3,)}.get(layout, (2, 5) if flat else (2,)):
         return f"it is held in {'2 or 5' if flat else 3 if layout == 'int4' else 2} tensors, not {len(packed)}"
     codes = packed[0]
+    wanted: list[tuple[tuple[int, ...] | None, torch.dtype]]
     if flat:
         if codes.numel() == 0 or codes.numel() * 2 % k:
             return f"{codes.numel()} bytes of codes are no whole rows of {k}"

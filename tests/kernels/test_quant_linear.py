@@ -251,7 +251,10 @@ def test_what_does_not_fit_is_told(on_h100: None):
     x, weight, a, b, bias, _ = Case("int8-32", 9, 64, 40).operands()
     packed, layout, group = weight
     for wrong, message in (
-        ((x[:, 1:], packed, layout, group, bias), r"x \(9, 63\) and an int8 weight in groups of 32: .*groups divide its columns"),
+        (
+            (x[:, 1:], packed, layout, group, bias),
+            r"x \(9, 63\) and an int8 weight in groups of 32: .*groups divide its columns",
+        ),
         ((x, packed, "int5", group, bias), "there is no such layout; known: nf4"),
         ((x, packed[:1], layout, group, bias), "held in 2 tensors, not 1"),
         ((x, packed, layout, 64, bias), r"tensor 1 is \(40, 2\) torch.float32, where \(40, 1\) torch.float32 belongs"),
