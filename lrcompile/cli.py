@@ -71,7 +71,10 @@ def _parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="run the graph before and after each exact pass and compare"
     )
     inspect.add_argument(
-        "--target", metavar="GPU", help='show what computes each pair on this GPU of the cost table ("H100"), predicted'
+        "--target",
+        metavar="GPU",
+        help='show what computes each pair on this GPU of the cost table ("H100"), predicted for the example inputs (32 tokens '
+        "unless SOURCE gives its own)",
     )
     inspect.add_argument("--kernels", choices=("auto", "triton", "inductor"), default="auto", help="force either")
     inspect.set_defaults(run=_inspect)

@@ -227,7 +227,7 @@ def warn_of_lists(pairs: Sequence[Pair], live: Live) -> None:
         log.warning(
             f"{len(stale)} collection(s) of parameters made before the adoption still hold replaced weights (of "
             f"{', '.join(str(len(c)) for c in stale[:3])} parameters): clipping or averaging them has no effect. "
-            "Make them again from model.parameters(), or call lrcompile.adopt before"
+            "Make them again from model.parameters(), or call lrcompile.adopt before making them"
         )
 
 
