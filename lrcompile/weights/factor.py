@@ -99,7 +99,24 @@ def singular_values(weight: Float[Tensor, "out_features in_features"]) -> Float[
 
 def _leading_basis(work: torch.Tensor, rank: int) -> torch.Tensor:
     """The `rank` leading left singular vectors of a wide matrix, as columns."""
-    return torch.linalg.eigh(work @ work.T).eigenvectors.flip(1)[:, :rank]
+    return _eigenvectors(work @ work.T).flip(1)[:, :rank]
+
+
+def _eigenvectors(gram: torch.Tensor) -> torch.Tensor:
+    """Eigenvectors of a symmetric matrix as columns, by ascending eigenvalue.
+
+    Of a small one by one thread: LAPACK's own gain a third of the time at best, and where others use the cores too they
+    spin at every step, waiting for each other (forty times as long, seen).
+    """
+    threads = torch.get_num_threads()
+    alone = gram.device.type == "cpu" and len(gram) <= _SKETCH_FROM and threads > 1
+    if alone:
+        torch.set_num_threads(1)
+    try:
+        return torch.linalg.eigh(gram).eigenvectors
+    finally:
+        if alone:
+            torch.set_num_threads(threads)
 
 
 def _sketched_basis(work: torch.Tensor, rank: int) -> torch.Tensor:
@@ -112,5 +129,5 @@ def _sketched_basis(work: torch.Tensor, rank: int) -> torch.Tensor:
     for _ in range(_POWER_ITERATIONS):
         basis, _ = torch.linalg.qr(work @ (work.T @ basis))
     small = (basis.T @ work).double()
-    rotation = torch.linalg.eigh(small @ small.T).eigenvectors.flip(1)[:, :rank]
+    rotation = _eigenvectors(small @ small.T).flip(1)[:, :rank]
     return basis @ rotation.to(basis.dtype)
