@@ -8,16 +8,16 @@ the new leaves: that is noticed when they have had gradients for three steps and
 
 from __future__ import annotations
 
-import functools
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrcompile.errors import AdoptError
 from lrcompile.live import Live
@@ -30,19 +30,17 @@ class _Heirs:
     """What stands in a parameter's place: its pair, or the dense weight that a pair was merged into.
 
     Attributes:
-        old: the parameter that went.
         leaves: in the order that they take its place.
         rename: its name -> theirs.
         merged: the state that an optimizer had for it goes with it, instead of being a reason to refuse.
     """
 
-    old: weakref.ref[nn.Parameter]
     leaves: tuple[nn.Parameter, ...]
     rename: Callable[[str], list[str]]
     merged: bool
 
 
-_heirs: dict[int, _Heirs] = {}
+_heirs: MutableMapping[nn.Parameter, _Heirs] = WeakTensorKeyDictionary()  # the parameter that went -> its heirs
 _steps = 0
 _hooked = False
 
@@ -110,7 +108,7 @@ def _inherit(
     old: nn.Parameter, leaves: tuple[nn.Parameter, ...], rename: Callable[[str], list[str]], merged: bool
 ) -> None:
     global _hooked
-    _heirs[id(old)] = _Heirs(weakref.ref(old, functools.partial(_forget, _heirs, id(old))), leaves, rename, merged)
+    _heirs[old] = _Heirs(leaves, rename, merged)
     if not _hooked:
         register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: _replace(optimizer))
         register_optimizer_step_post_hook(_count)
@@ -136,14 +134,8 @@ def is_watch(hook: object) -> bool:
 
 def pair_of_old(parameter: nn.Parameter) -> tuple[nn.Parameter, nn.Parameter] | None:
     """The pair that stands in a replaced parameter's place; None where it wasn't replaced."""
-    heirs = _heirs_of(parameter)
+    heirs = _heirs.get(parameter)
     return (heirs.leaves[0], heirs.leaves[1]) if heirs is not None and len(heirs.leaves) == 2 else None
-
-
-def _forget(heirs: dict[int, _Heirs], key: int, _: Any) -> None:
-    entry = heirs.get(key)
-    if entry is not None and entry.old() is None:  # the id may belong to a newer parameter by now
-        del heirs[key]
 
 
 def _count(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -151,21 +143,16 @@ def _count(optimizer: Any, args: Any, kwargs: Any) -> None:
     _steps += 1
 
 
-def _heirs_of(parameter: nn.Parameter) -> _Heirs | None:
-    entry = _heirs.get(id(parameter))
-    return entry if entry is not None and entry.old() is parameter else None
-
-
 def _replace(optimizer: torch.optim.Optimizer) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for group in optimizer.param_groups:
-        while any(_heirs_of(p) is not None for p in group["params"]):  # again: what was merged may be adopted anew
+        while any(p in _heirs for p in group["params"]):  # again: what was merged may be adopted anew
             _replace_in(group, optimizer, held)
 
 
 def _replace_in(group: dict[str, Any], optimizer: torch.optim.Optimizer, held: set[int]) -> None:
     parameters: list[nn.Parameter] = group["params"]
-    hits = [(p, heirs) for p in parameters if (heirs := _heirs_of(p)) is not None]
+    hits = [(p, heirs) for p in parameters if (heirs := _heirs.get(p)) is not None]
     kept = [p for p, heirs in hits if not heirs.merged]
     refuse_started([optimizer], kept, [f"a replaced weight of shape {tuple(p.shape)}" for p in kept])
     for p, heirs in hits:
@@ -174,7 +161,7 @@ def _replace_in(group: dict[str, Any], optimizer: torch.optim.Optimizer, held: s
     new: list[nn.Parameter] = []
     new_names: list[str] = []
     for p, name in zip(parameters, names, strict=True):
-        replaced = _heirs_of(p)
+        replaced = _heirs.get(p)
         pairs = [(p, name)] if replaced is None else zip(replaced.leaves, replaced.rename(name), strict=True)
         for leaf, leaf_name in pairs:
             if leaf is p or id(leaf) not in held:

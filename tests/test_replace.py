@@ -108,6 +108,20 @@ def test_a_gradient_goes_over_by_the_chain_rule() -> None:
         torch.testing.assert_close(got[name], p.grad, rtol=1e-6, atol=1e-12)
 
 
+def test_a_sparse_gradient_goes_over_and_none_to_leaves_yet_to_be_filled() -> None:
+    model = nn.Sequential(nn.Embedding(20, 16, sparse=True), nn.Linear(16, 32))
+    ids = torch.tensor([[1, 3]])
+    recipe = Recipe(rank=2, include=["0"])
+    model(ids).sum().backward()
+    dense = model[0].weight.grad.to_dense()
+    lrcompile.adopt(model, recipe, (ids,))
+    torch.testing.assert_close(model[0].weight_b.grad, dense @ model[0].weight_a.detach().T)
+    again = nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 32))
+    again(ids).sum().backward()
+    lrcompile.adopt_like(again, model.state_dict())
+    assert again[0].weight_a.grad is None and again[1].weight.grad is not None
+
+
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
 def test_gradient_hooks_are_refused_by_name(register: str) -> None:
     for adopt in (

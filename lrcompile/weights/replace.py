@@ -6,15 +6,14 @@ factored, installed and let go, so that peak memory is the model plus one weight
 
 from __future__ import annotations
 
-import functools
 import logging
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrcompile.errors import AdoptError
 from lrcompile.follow import follow_merged, follow_pair, is_watch, refuse_started
@@ -31,36 +30,29 @@ Factor = Callable[[nn.Parameter, Entry], tuple[torch.Tensor, torch.Tensor, float
 
 # --- which parameters a Plan was written over -------------------------------------------------------------------------
 
-_settled: dict[int, tuple[weakref.ref[nn.Parameter], dict[str, Any]]] = {}
+_settled: MutableMapping[nn.Parameter, dict[str, Any]] = WeakTensorKeyDictionary()  # by identity
 
 
 def settled(parameter: nn.Parameter) -> bool:
     """Whether a Plan has already decided about this very parameter: a pair's leaf, or left dense on purpose."""
-    return settled_by(parameter) is not None
+    return parameter in _settled
 
 
 def settled_by(parameter: nn.Parameter) -> dict[str, Any] | None:
     """The recipe (`Recipe.to_dict()`) of the Plan that decided, empty where it isn't known; None: undecided."""
-    mark = _settled.get(id(parameter))
-    return mark[1] if mark is not None and mark[0]() is parameter else None
+    return _settled.get(parameter)
 
 
 def settle(parameters: Iterable[nn.Parameter], recipe: dict[str, Any]) -> None:
     """Remember that a Plan has decided about these."""
     for p in parameters:
-        _settled[id(p)] = (weakref.ref(p, functools.partial(_forget, _settled, id(p))), recipe)
+        _settled[p] = recipe
 
 
 def unsettle(parameters: Iterable[nn.Parameter]) -> None:
     """Forget it: they may be planned anew."""
     for p in parameters:
-        _settled.pop(id(p), None)
-
-
-def _forget(marks: dict[int, Any], key: int, _: Any) -> None:
-    mark = marks.get(key)
-    if mark is not None and mark[0]() is None:  # the id may belong to a newer parameter by now
-        del marks[key]
+        _settled.pop(p, None)
 
 
 # --- weights to pairs -------------------------------------------------------------------------------------------------
@@ -168,8 +160,10 @@ def make_leaves(weight: nn.Parameter, entry: Entry, factor: Factor) -> tuple[nn.
         leaves = [nn.Parameter(t, requires_grad=weight.requires_grad) for t in (a, b)]
         for leaf in leaves:
             leaf.__dict__.update(weight.__dict__)
-        gradient = weight.grad
-        if gradient is not None and not gradient.is_sparse and not gradient.is_meta:
+        # Not to leaves that are yet to be filled: a gradient at zero is none of the values that will be loaded.
+        gradient = None if factor is empty_pair or weight.is_meta else weight.grad
+        if gradient is not None:
+            gradient = gradient.to_dense() if gradient.is_sparse else gradient
             gradient = gradient.T if entry.stored_in_out else gradient
             leaves[0].grad, leaves[1].grad = b.T @ gradient, gradient @ a.T
     return leaves[0], leaves[1], error
