@@ -14,6 +14,8 @@ from lrcompile.bench.kernels import Result, Row, picture, run
 from lrcompile.cost import device_named
 from lrcompile.errors import LrcompileError
 
+from .kernels.numbers import assert_same
+
 PAIR = Case("lowrank_linear", "toy", 5, 64, 96, 8)
 
 
@@ -39,7 +41,7 @@ def test_contenders_compute_the_same(case: Case) -> None:
     assert len(results) >= 2
     for tensors in results.values():
         for got, want in zip(tensors, results["library"], strict=True):
-            torch.testing.assert_close(got.float(), want.float(), rtol=2e-2, atol=2e-2)
+            assert_same(got, want, torch.bfloat16)
 
 
 def test_every_family_size_and_rank_is_a_case() -> None:

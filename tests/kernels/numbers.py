@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,27 @@ def assert_as_good(
     ours, theirs = rms_error(got, exact), rms_error(unfused, exact)
     factor = 1.25 * (1 + 3 / (2 * got.numel()) ** 0.5) if independent and got.numel() else 1.25
     assert ours <= factor * theirs + FLOOR[got.dtype], f"{what}: {ours:.3g} against {theirs:.3g} unfused"
+
+
+def assert_same(found: Any, expected: Any, dtype: torch.dtype, roundings: float = 1) -> None:
+    """Two orders of the same sums, rounded to `dtype` at the end: apart by so many of its roundings, in norm, at most.
+
+    In norm, since next to a number that cancels any difference is relatively large.
+
+    Args:
+        found, expected: tensors, or lists, tuples or dicts of them; dtypes have to agree too.
+    """
+    keys = (
+        expected
+        if isinstance(expected, dict)
+        else range(len(expected))
+        if isinstance(expected, (list, tuple))
+        else None
+    )
+    if keys is not None:
+        for key in keys:
+            assert_same(found[key], expected[key], dtype, roundings)
+        return
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    gap, size = (found.double() - expected.double()).norm(), expected.double().norm()
+    assert gap <= roundings * torch.finfo(dtype).eps * size, f"{float(gap / size):.2g} of the norm"

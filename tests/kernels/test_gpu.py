@@ -9,6 +9,7 @@ from lrcompile.kernels import launch
 from lrcompile.kernels.lowrank_linear import lowrank_linear, lowrank_linear_keep
 
 from .lowrank_cases import Case, Op, check, train, unfused
+from .numbers import assert_same
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,6 +67,7 @@ def test_training_goes_the_same_way(op: str):
         ours = train(OPS[op], torch.bfloat16, "cuda")
     theirs = train(unfused, torch.bfloat16, "cuda")
     assert theirs[-1] < 0.5 * theirs[0]
+    # Every step rounds weights to bf16, 2^-8 of each: what rounds the other way once stays apart over 20 steps.
     torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=0)
 
 
@@ -92,4 +94,5 @@ def test_inductor_with_fullgraph():
     with launch.force(lowrank_linear="fused", lowrank_linear_backward="shared"):
         found = torch.autograd.grad(torch.compile(step, fullgraph=True)(*leaves), leaves, dy)
         expected = torch.autograd.grad(step(*leaves), leaves, dy)
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    # Inductor keeps in fp32 what eager rounds to bf16 between operators, once before GELU and once after.
+    assert_same(found, expected, torch.bfloat16, roundings=2)

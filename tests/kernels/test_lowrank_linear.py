@@ -21,7 +21,7 @@ from lrcompile.kernels.launch import Tile
 from lrcompile.kernels.lowrank_linear import Shape, lowrank_linear, lowrank_linear_backward, lowrank_linear_keep
 
 from .lowrank_cases import Case, check, gradients, train, unfused
-from .numbers import assert_as_good
+from .numbers import assert_as_good, assert_same
 
 H100 = cost.find_device("NVIDIA H100 80GB HBM3", "sm_90")
 assert H100 is not None
@@ -141,7 +141,7 @@ def test_training_goes_the_same_way(on_h100: None, op: str):
         ours = train(OPS[op], torch.float32)
     theirs = train(unfused, torch.float32)
     assert theirs[-1] < 0.5 * theirs[0]
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)  # 20 steps of fp32 sums in another order: 2e-7 seen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -191,7 +191,7 @@ def test_autocast_casts_as_linear_does(dtype: torch.dtype, compiled: bool):
         found = gradients(op, x, a, b, bias, dy.to(dtype))
         assert lowrank_linear_keep(x, a, b, bias)[1].dtype == dtype
     assert found["y"].dtype == dtype and found["gradient of weight_a"].dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    assert_same(found, expected, dtype)
 
 
 def test_fp64_and_empty_operands_go_to_the_library(on_h100: None):

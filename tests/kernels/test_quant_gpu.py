@@ -9,6 +9,7 @@ from lrcompile.kernels import launch
 from lrcompile.kernels.quant_linear import quant_linear
 from lrcompile.kernels.quant_lowrank_linear import quant_lowrank_linear
 
+from .numbers import assert_same
 from .quant_cases import FORMATS, Case, quantised
 from .test_quant_linear import check
 
@@ -68,4 +69,5 @@ def test_cuda_graphs_and_inductor():
 
         found = torch.autograd.grad(torch.compile(step, fullgraph=True)(*leaves), leaves, dy)
         wanted = torch.autograd.grad(step(*leaves), leaves, dy)
-    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    # Inductor keeps in fp32 what eager rounds to bf16 between operators, once before GELU and once after.
+    assert_same(found, wanted, torch.bfloat16, roundings=2)
