@@ -7,21 +7,46 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lrcompile.errors import RecipeError
+from lrcompile.weights.formats import format_of
 
 DEFAULT_COMPRESSION = 2.64
 DIALS = ("compression", "rank", "rank_ratio", "budget_bytes")
 SVD_METHODS = ("auto", "full", "randomized")
+PLAIN_INITS = ("svd", "data")  # of a pair in a weight's place
+BASE_INITS = ("zero", "pissa", "loftq", "qera")  # of a pair beside a base
+INITS = (*PLAIN_INITS, *BASE_INITS)
+CALIBRATED = ("data", "qera")  # need the inputs' covariances
+ALLOCATIONS = ("uniform", "importance")
+PAIR_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to make of a model's linear weights. Exactly one of the four dials is set.
+    """What to make of a model's linear weights: a pair in each one's place, or a frozen base, or both together.
+
+    At most one of the four dials is set. Without any, `weights` alone is a quantised model without pairs, and a Recipe
+    that names no number format either is `compression=2.64`.
 
     Attributes:
         compression: (numbers in the selected linear weights) / (numbers left), at least 1. The default dial, 2.64.
         rank: the same rank for every selected weight.
         rank_ratio: rank = rank_ratio * min(in_features, out_features), in (0, 1].
         budget_bytes: bytes of all the model's parameters together, after adoption.
+        weights: the frozen base that a pair is added to: a number format ("nf4", "fp4", "int8", "int4" and their variants, see
+            `lrcompile.weights.formats.format_of`), or "dense", the weight in its own dtype (LoRA). None: no base, the
+            pair stands in the weight's place.
+        factors: number format of the pair, for inference; None: its weight's dtype.
+        init: how a pair starts. In a weight's place "svd" (2105.01029) or "data", the optimum for the calibration inputs
+            (2604.01609). Beside a base "zero" (LoRA 2106.09685, QLoRA 2305.14314), "pissa" (2404.02948), "loftq" (2310.08659)
+            or "qera" (QERA-exact, 2410.06040). "data" and "qera" need `calibration`, see `lrcompile.adopt`. "auto":
+            "svd" or "pissa".
+        alternations: of LoftQ.
+        alpha: a pair beside a base is multiplied by alpha / √rank (rank-stable scaling, 2312.03732).
+        pair_dtype: of a trainable pair, "float32", "bfloat16" or "float16"; None: its weight's.
+        trainable: None leaves `requires_grad` as it is, bases aside. A list: the pairs beside bases (or, without a base, in
+            a weight's place) are trained, and beside them only parameters that match one of these globs.
+        allocation: how a compression or budget is shared: "uniform", or "importance": half of the uniform rank for
+            everyone, the rest where it keeps most energy (2604.01609); for weights that are trained already.
         svd: how the truncated SVD is computed: "full", "randomized", or "auto" (randomized where the rank is a
             small part of a large matrix).
         include: globs; a weight must match one, by its own name, by the module that owns it ("*.q_proj"), or by any
@@ -39,6 +64,14 @@ class Recipe:
     rank: int | None = None
     rank_ratio: float | None = None
     budget_bytes: int | None = None
+    weights: str | None = None
+    factors: str | None = None
+    init: str = "auto"
+    alternations: int = 5
+    alpha: float = 16.0
+    pair_dtype: str | None = None
+    trainable: Sequence[str] | None = None
+    allocation: str = "uniform"
     svd: str = "auto"
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
@@ -46,18 +79,25 @@ class Recipe:
     passes: Sequence[Callable[..., Any]] = ()
 
     def __post_init__(self) -> None:
-        for name in ("include", "exclude", "passes"):
+        for name in ("include", "exclude", "passes", "trainable"):
             value = getattr(self, name)
+            if name == "trainable" and value is None:
+                continue
             if isinstance(value, str) or not isinstance(value, (list, tuple)):
                 raise RecipeError(f"{name} takes a list, got {value!r}; write {name}=[{value!r}]")
             object.__setattr__(self, name, tuple(value))
         dials = [d for d in DIALS if getattr(self, d) is not None]
-        if not dials:
+        if self.weights == "none" or self.factors == "none":
+            raise RecipeError("weights and factors take a number format, or Python's None")
+        if not dials and self.weights in (None, "dense"):
             object.__setattr__(self, "compression", DEFAULT_COMPRESSION)
             dials = ["compression"]
         if len(dials) > 1:
             raise RecipeError(f"set one of {', '.join(DIALS)}; got {' and '.join(dials)}")
-        self._check_number(dials[0])
+        for dial in dials:
+            self._check_number(dial)
+        self._check_formats()
+        self._check_pair()
         if self.svd not in SVD_METHODS:
             raise RecipeError(f"svd={self.svd!r} is not known; choose from {', '.join(SVD_METHODS)}")
         if not self.include:
@@ -83,11 +123,66 @@ class Recipe:
         if dial == "budget_bytes" and value < 1:
             raise RecipeError(f"budget_bytes must be 1 or more, got {value}")
 
+    def _check_formats(self) -> None:
+        for name in ("weights", "factors"):
+            value = getattr(self, name)
+            if value is None or (name == "weights" and value == "dense"):
+                continue
+            if not isinstance(value, str):
+                raise RecipeError(f'{name} takes the name of a number format such as "nf4", got {value!r}')
+            format_of(value)  # raises, listing the known ones
+        if self.weights and self.factors:
+            raise RecipeError("a pair beside a base is there to be trained, and can't be quantised: leave factors out")
+        if self.weights and self.compression is not None:
+            if self.weights == "dense" and self.compression == DEFAULT_COMPRESSION:
+                raise RecipeError('weights="dense" keeps every weight and adds a pair: say of what rank, as rank=16')
+            raise RecipeError("a base keeps every number, so there is no compression to ask for: set rank, or budget_bytes")
+
+    def _check_pair(self) -> None:
+        if self.init not in ("auto", *INITS):
+            raise RecipeError(f"init={self.init!r} is not known; choose from auto, {', '.join(INITS)}")
+        if self.init in BASE_INITS and self.weights is None:
+            raise RecipeError(
+                f'init={self.init!r} starts a pair beside a base: name the base with weights="nf4" or weights="dense", or '
+                f"choose from {', '.join(PLAIN_INITS)}"
+            )
+        if self.init in PLAIN_INITS and self.weights is not None:
+            raise RecipeError(
+                f"init={self.init!r} puts a pair in a weight's place, and beside a base there is nothing left for it to "
+                f"do; choose from {', '.join(BASE_INITS)}"
+            )
+        if self.weights == "dense" and self.init in ("loftq", "qera"):
+            raise RecipeError(f"init={self.init!r} mends what quantising loses, and weights=\"dense\" loses nothing")
+        if type(self.alternations) is not int or self.alternations < 1:
+            raise RecipeError(f"alternations must be a whole number of 1 or more, got {self.alternations!r}")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < float("inf"):
+            raise RecipeError(f"alpha must be a number above 0, got {self.alpha!r}")
+        if self.pair_dtype is not None and self.pair_dtype not in PAIR_DTYPES:
+            raise RecipeError(f"pair_dtype={self.pair_dtype!r} is not known; choose from {', '.join(PAIR_DTYPES)}")
+        if self.pair_dtype is not None and self.factors is not None:
+            raise RecipeError("factors says how the pair is stored: leave pair_dtype out")
+        if self.allocation not in ALLOCATIONS:
+            raise RecipeError(f"allocation={self.allocation!r} is not known; choose from {', '.join(ALLOCATIONS)}")
+        if self.allocation == "importance" and self.compression is None and self.budget_bytes is None:
+            raise RecipeError("allocation shares a total: set compression or budget_bytes, or leave allocation out")
+
     @property
     def dial(self) -> str:
-        """The one dial that is set, as "compression=2.64"."""
-        name = next(d for d in DIALS if getattr(self, d) is not None)
+        """The one dial that is set, as "compression=2.64"; the base's format where there are no pairs."""
+        name = next((d for d in DIALS if getattr(self, d) is not None), "weights")
         return f"{name}={getattr(self, name)}"
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether weights get pairs, and not a base alone."""
+        return any(getattr(self, d) is not None for d in DIALS)
+
+    @property
+    def start(self) -> str:
+        """`init`, "auto" resolved."""
+        if self.init != "auto":
+            return self.init
+        return "svd" if self.weights is None else "pissa"
 
     @classmethod
     def pretrain(cls, **changes: Any) -> Recipe:
@@ -98,6 +193,14 @@ class Recipe:
     def compress(cls, **changes: Any) -> Recipe:
         """For a pretrained model that is to be smaller: full-precision SVD of every weight."""
         return cls.from_options({"svd": "full", **changes})
+
+    @classmethod
+    def finetune(cls, **changes: Any) -> Recipe:
+        """For finetuning in little memory: NF4 bases, pairs of rank 16 in float32, and nothing else trained."""
+        preset: dict[str, Any] = {"weights": "nf4", "pair_dtype": "float32", "trainable": ()}
+        if not any(changes.get(dial) is not None for dial in DIALS):
+            preset["rank"] = 16
+        return cls.from_options({**preset, **changes})
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Recipe:
@@ -115,7 +218,9 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold of it: the set dial and the options; passes by name."""
         out = {k: v for k, v in asdict(self).items() if v is not None and k != "passes"}
-        out["include"], out["exclude"] = list(self.include), list(self.exclude)
+        for name in ("include", "exclude", "trainable"):
+            if getattr(self, name) is not None:
+                out[name] = list(getattr(self, name))
         out["passes"] = [f"{p.__module__}:{getattr(p, '__qualname__', p)}" for p in self.passes]
         return out
 
