@@ -42,7 +42,7 @@ class Recipe:
             "svd" or "pissa".
         alternations: of LoftQ.
         alpha: a pair beside a base is multiplied by alpha / √rank (rank-stable scaling, 2312.03732).
-        pair_dtype: of a trainable pair, "float32", "bfloat16" or "float16"; None: its weight's.
+        pair_dtype: of a pair beside a base, "float32", "bfloat16" or "float16"; None: its weight's.
         trainable: None leaves `requires_grad` as it is, bases aside. A list: the pairs beside bases (or, without a base, in
             a weight's place) are trained, and beside them only parameters that match one of these globs.
         allocation: how a compression or budget is shared: "uniform", or "importance": half of the uniform rank for
@@ -159,8 +159,8 @@ class Recipe:
             raise RecipeError(f"alpha must be a number above 0, got {self.alpha!r}")
         if self.pair_dtype is not None and self.pair_dtype not in PAIR_DTYPES:
             raise RecipeError(f"pair_dtype={self.pair_dtype!r} is not known; choose from {', '.join(PAIR_DTYPES)}")
-        if self.pair_dtype is not None and self.factors is not None:
-            raise RecipeError("factors says how the pair is stored: leave pair_dtype out")
+        if self.pair_dtype is not None and self.weights is None:
+            raise RecipeError("pair_dtype is of a pair beside a base: name one with weights=, or leave pair_dtype out")
         if self.allocation not in ALLOCATIONS:
             raise RecipeError(f"allocation={self.allocation!r} is not known; choose from {', '.join(ALLOCATIONS)}")
         if self.allocation == "importance" and self.compression is None and self.budget_bytes is None:

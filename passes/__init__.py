@@ -1,15 +1,16 @@
 """The passes, in order: the table of contents of the compiler.
 
 canonicalize    every product with a parameter in one form            exact
-select          which weights get a pair                              decides
+select          which weights are adopted, with a base or without     decides
 allocate_ranks  one dial -> a rank each                               decides
 factorize       weight -> weight_b @ weight_a                         approximating
+quantize        weight -> base + scale · weight_b @ weight_a          approximating
 reassociate     x (B A)ᵀ -> (x Aᵀ) Bᵀ                                 exact
 fuse_epilogue   what follows a pair, in its kernel                    exact
 share_input     pairs over one input, in one kernel                   exact
 lower           how each site is computed on this device              exact
 
-Weight passes (select, allocate_ranks, factorize) run once, when a model is planned. Program passes (the others) run at
+Weight passes (select, allocate_ranks, factorize, quantize) run once, when a model is planned. Program passes (the others) run at
 every compilation. A user's pass stands after the built-in one it names.
 """
 
@@ -22,6 +23,7 @@ from lrcompile.passes.contract import KERNELS, PassContext, PassFunction, PassRe
 from lrcompile.passes.factorize import factorize
 from lrcompile.passes.fuse_epilogue import fuse_epilogue
 from lrcompile.passes.lower import lower
+from lrcompile.passes.quantize import quantize
 from lrcompile.passes.reassociate import reassociate
 from lrcompile.passes.select import select
 from lrcompile.passes.share_input import share_input
@@ -43,6 +45,7 @@ PASSES: tuple[PassFunction, ...] = (
     select,
     allocate_ranks,
     factorize,
+    quantize,
     reassociate,
     fuse_epilogue,
     share_input,
@@ -50,13 +53,14 @@ PASSES: tuple[PassFunction, ...] = (
 )
 
 
-def pass_list(recipe: Recipe, *, weights: bool, program: bool = True) -> list[PassFunction]:
+def pass_list(recipe: Recipe, *, weights: bool, program: bool = True, rewrites: bool = True) -> list[PassFunction]:
     """The passes to run, the recipe's own in their places.
 
     Args:
         recipe: whose `passes` are inserted.
         weights: whether the weight passes are wanted.
         program: whether the program passes are wanted (canonicalize always is).
+        rewrites: whether the graph is to show what the weights become; planning needs the decisions alone.
 
     Raises:
         RecipeError: a user's pass wants to stand after a pass that doesn't exist.
@@ -72,5 +76,6 @@ def pass_list(recipe: Recipe, *, weights: bool, program: bool = True) -> list[Pa
     return [
         p
         for p in out
-        if p is canonicalize or (weights if p.weight_pass else program)  # type: ignore[attr-defined]
+        if (p is canonicalize or (weights if p.weight_pass else program))  # type: ignore[attr-defined]
+        and (rewrites or p not in (factorize, quantize))
     ]

@@ -15,6 +15,7 @@ from torch import fx
 
 from lrcompile.cost import Device
 from lrcompile.recipe import Recipe
+from lrcompile.weights.form import Form
 
 
 @dataclass
@@ -30,8 +31,10 @@ class Weight:
         readers: what else reads it in the graphs, by name.
         writers: what writes to it in the graphs, by name: such a weight can't be a product.
         head: whether the graph looks like a use as output head.
-        selected: whether a pair is wanted; `reason` says why not.
-        rank: the pair's rank, None where the weight stays dense.
+        selected: whether it is to be adopted; `reason` says why not.
+        rank: the pair's rank, None where there is no pair.
+        base: "dense" or the number format of its frozen base; None without one.
+        energies: relative energy of each singular value, largest first, float64, for sharing ranks by importance.
     """
 
     names: tuple[str, ...]
@@ -46,6 +49,8 @@ class Weight:
     selected: bool = False
     reason: str = ""
     rank: int | None = None
+    base: str | None = None
+    energies: torch.Tensor | None = None
 
     @property
     def key(self) -> str:
@@ -66,6 +71,23 @@ class Weight:
     def pair_numel(self, rank: int) -> int:
         """Numbers in a pair of this rank: rank * (in_features + out_features)."""
         return rank * (self.out_features + self.in_features)
+
+    def form(self, recipe: Recipe) -> Form | None:
+        """What stands in its place as decided so far; None where it stays dense."""
+        if self.rank is None and (self.base is None or recipe.has_pairs):
+            return None
+        beside = self.base is not None and self.rank is not None
+        return Form(
+            self.out_features,
+            self.in_features,
+            str(self.dtype).removeprefix("torch."),
+            self.stored_in_out,
+            self.rank,
+            self.base,
+            recipe.factors if self.rank is not None else None,
+            recipe.alpha / self.rank**0.5 if beside and self.rank else 1.0,
+            recipe.pair_dtype if beside else None,
+        )
 
     def matches(self, glob: str, *, itself: bool = False) -> bool:
         """Whether a glob matches one of its names, the module that owns it, or (unless `itself`) any module around that."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from lrcompile.kernels.compose import compose
 from lrcompile.passes.chains import PURE, Chain, argument, in_transform, target_name, trace_matrix, value, written
 
 linear_fn = torch._C._nn.linear  # what Dynamo writes for F.linear
@@ -91,6 +92,11 @@ def _scopes(scope: Scope, notes: list[str] | None) -> Iterator[Scope]:
             notes.append(f"{node.name}: the body of {node.target} is left as it is (its operands are not understood)")
     for body in bodies.values():
         yield from _scopes(body, notes)
+
+
+def computing_readers(placeholder: fx.Node) -> set[fx.Node]:
+    """Users that compute with a placeholder here, not those that only hand it to a sub-graph."""
+    return {u for u in placeholder.users if not isinstance(u.target, torch._ops.HigherOrderOperator)}
 
 
 # --- small tools for rewriting ----------------------------------------------------------------------------------------
@@ -241,6 +247,17 @@ def pair_product(scope: Scope, node: fx.Node) -> bool:
     is_matmul = node.op == "call_function" and node.target is torch.matmul and len(node.args) == 2
     matrices = is_matmul and all(isinstance(a, fx.Node) and is_parameter(scope, a) for a in node.args)
     return matrices and all(value(a).dim() == 2 for a in node.args)
+
+
+def composed(node: Any) -> bool:
+    """Whether a node is a weight made of a base (and a pair), or one decoded factor: compose.py's operator."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is compose
+
+
+def decoded_product(node: fx.Node) -> bool:
+    """Whether a node is decoded(weight_b) @ decoded(weight_a): what a module with a quantised pair reads."""
+    is_matmul = node.op == "call_function" and node.target is torch.matmul and len(node.args) == 2
+    return is_matmul and all(composed(a) for a in node.args)
 
 
 def pair_of(site: Site) -> int | None:

@@ -1,12 +1,12 @@
 """reassociate: x @ (weight_b @ weight_a)ᵀ becomes (x @ weight_aᵀ) @ weight_bᵀ, the dense product never formed (exact).
 
 Transposes, casts and row slices between the product and its use are pushed into the factors:
-(B A)ᵀ = Aᵀ Bᵀ, rows(B A) = rows(B) A. The order that needs fewer FLOPs is kept.
+(B A)ᵀ = Aᵀ Bᵀ, rows(B A) = rows(B) A. The order that needs fewer FLOPs is kept. A weight with a quantised base or
+quantised factors becomes one operator that decodes inside the product (reassociate_base.py).
 """
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -16,7 +16,19 @@ from torch import fx
 from lrcompile.passes.chains import argument, value
 from lrcompile.passes.chosen import emit_at
 from lrcompile.passes.contract import PassContext, PassResult, graph_pass
-from lrcompile.passes.graphs import Site, drop_dead, emit, linear_fn, looks_up_rows, module_name, pair_product, sites
+from lrcompile.passes.graphs import (
+    Site,
+    composed,
+    decoded_product,
+    drop_dead,
+    emit,
+    linear_fn,
+    looks_up_rows,
+    module_name,
+    pair_product,
+    sites,
+)
+from lrcompile.passes.reassociate_base import again_by_rows, rewrite
 
 
 @graph_pass(exact=True)
@@ -25,9 +37,16 @@ def reassociate(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     result = PassResult()
     touched = {}
     for site in list(sites(gm)):
+        name = module_name(site.node) or site.node.name
+        if composed(site.chain.source) or decoded_product(site.chain.source):
+            told = rewrite(site)
+            if told.changed:
+                touched[id(site.scope.gm)] = site.scope.gm
+            result.changed += [f"{name}: {line}" for line in told.changed]
+            result.notes += [f"{name}: {line}" for line in told.notes]
+            continue
         if not pair_product(site.scope, site.chain.source):
             continue
-        name = module_name(site.node) or site.node.name
         if site.kind != "embedding" and not _thin_is_cheaper(site):
             result.notes.append(f"{name}: the dense product needs fewer FLOPs here, kept")
             continue
@@ -62,20 +81,12 @@ def _factors(site: Site) -> tuple[fx.Node, fx.Node]:
         elif kind == "cast":
             left, right = (_again(site, node, side) for side in (left, right))
         else:  # rows
-            left = _rows(site, node, left)
+            left = again_by_rows(site, node, left)
     return left, right  # type: ignore[return-value]
 
 
 def _again(site: Site, cast: fx.Node, operand: Any) -> fx.Node:
     return emit(site.scope, site.node, cast.target, operand, *cast.args[1:], **dict[str, Any](cast.kwargs))
-
-
-def _rows(site: Site, node: fx.Node, operand: Any) -> fx.Node:
-    source = node.args[0]
-    if isinstance(value(source), (tuple, list)):  # getitem of a split
-        parts = emit(site.scope, site.node, source.target, operand, *source.args[1:], **source.kwargs)  # type: ignore[union-attr]
-        return emit(site.scope, site.node, operator.getitem, parts, node.args[1])
-    return emit(site.scope, site.node, operator.getitem, operand, node.args[1])
 
 
 def _embedding(site: Site, left: fx.Node, right: fx.Node) -> fx.Node | None:

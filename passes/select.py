@@ -1,4 +1,4 @@
-"""select: which weights get a pair. Decides only; the graph stays as it is (exact)."""
+"""select: which weights are adopted, with a base or without. Decides only; the graph stays as it is (exact)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import torch
 from torch import fx
 
 from lrcompile.errors import PlanError
+from lrcompile.kernels.compose import DENSE
 from lrcompile.passes.contract import PassContext, PassResult, Weight, graph_pass
+from lrcompile.weights.formats import format_of
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @graph_pass(exact=True, weight_pass=True)
 def select(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-    """Mark the weights of this graph that are to become pairs; every other one says why it stays dense.
+    """Mark the weights of this graph that are to be adopted; every other one says why it stays dense.
 
     Raises:
         PlanError: a selected weight is not stored in a floating type.
@@ -25,14 +27,26 @@ def select(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             continue
         weight.reason = _why_dense(weight, ctx)
         weight.selected = not weight.reason
+        weight.base = ctx.recipe.weights if weight.selected else None
         if weight.selected and weight.dtype not in _FLOATS:
             raise PlanError(
-                f"{weight.key} is stored as {weight.dtype}: a pair needs a floating weight. "
+                f"{weight.key} is stored as {weight.dtype}: adopting needs a floating weight. "
                 f"Leave it out with exclude=[{weight.key!r}], or convert it to bfloat16 or float32 first."
             )
+        _check_format(weight, ctx)
         line = f"{weight.key}: {'selected' if weight.selected else 'dense, ' + weight.reason}"
         (result.changed if weight.selected else result.notes).append(line)
     return result
+
+
+def _check_format(weight: Weight, ctx: PassContext) -> None:
+    """Refuse a base that can't hold the weight, naming it."""
+    if weight.base in (None, DENSE):
+        return
+    try:
+        format_of(str(weight.base)).specs((weight.out_features, weight.in_features), weight.dtype)
+    except PlanError as error:
+        raise PlanError(f"{weight.key}: {error}, or leave it dense with exclude=[{weight.key!r}]") from error
 
 
 def _why_dense(weight: Weight, ctx: PassContext) -> str:
@@ -55,6 +69,6 @@ def _why_dense(weight: Weight, ctx: PassContext) -> str:
         return "an output head"
     if len(weight.shape) != 2:
         return f"{len(weight.shape)}-dimensional"
-    if recipe.require_saving and weight.pair_numel(1) >= weight.numel:
+    if recipe.weights is None and recipe.require_saving and weight.pair_numel(1) >= weight.numel:
         return f"a pair of rank 1 would hold {weight.pair_numel(1)} numbers, not fewer than {weight.numel}"
     return ""

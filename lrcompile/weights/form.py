@@ -22,8 +22,13 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
+from lrcompile.kernels import lowrank_linear
 from lrcompile.kernels.compose import DENSE, compose
+from lrcompile.kernels.lowrank_quant_linear import lowrank_quant_linear
+from lrcompile.kernels.quant_linear import quant_linear
+from lrcompile.kernels.quant_lowrank_linear import quant_lowrank_linear
 from lrcompile.weights.formats import Format, format_of
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -85,6 +90,16 @@ class Form:
     factors: str | None = None
     scale: float = 1.0
     pair_dtype: str | None = None
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Form | None:
+        """The form that a Plan's entry, as a dict, says a weight takes; None where it stays dense."""
+        if told["rank"] is None and told["base"] is None:
+            return None
+        first, second = told["shape"]
+        out, inner = (second, first) if told["stored_in_out"] else (first, second)
+        kept = ("dtype", "stored_in_out", "rank", "base", "factors", "scale", "pair_dtype")
+        return cls(out, inner, **{name: told[name] for name in kept})
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -182,8 +197,31 @@ class Form:
             held, layout, group = [self.dense_base(leaves, call)], DENSE, 0
         else:
             held, layout, group = self.packed("base", leaves, call), base.layout, base.group
-        product = call(compose, held, layout, group, self.in_features, self.torch_dtype, a, b, self.scale)
+        dtype = getattr(held[0], "dtype", self.torch_dtype) if base is None else self.torch_dtype  # it may have been cast
+        product = call(compose, held, layout, group, self.in_features, dtype, a, b, self.scale)
         return call("t", product) if self.stored_in_out else product
+
+    def linear(self, x: torch.Tensor, leaves: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
+        """x · Wᵀ + bias without ever forming W, the sides of a pair in x's dtype: (..., in_features) -> (..., out_features)."""
+        if self.base is None and self.factors is None:
+            return lowrank_linear.reference(x, leaves["_a"], leaves["_b"], bias)
+        if self.base is None:
+            parts = []
+            for side, _ in self.sides:
+                form = self.format_of(side)
+                assert form is not None
+                parts += [self.packed(side, leaves), form.layout, form.group]
+            return lowrank_quant_linear(x, *parts, bias)  # type: ignore[no-any-return]
+        form = self.format_of("base")
+        if form is None:
+            base = F.linear(x, self.dense_base(leaves), bias)
+        elif self.rank is None:
+            return quant_linear(x, self.packed("base", leaves), form.layout, form.group, bias)  # type: ignore[no-any-return]
+        a, b = leaves["_a"].to(x.dtype), leaves["_b"].to(x.dtype)
+        if form is None:
+            return base + self.scale * F.linear(F.linear(x, a), b)
+        packed = self.packed("base", leaves)
+        return quant_lowrank_linear(x, packed, form.layout, form.group, a, b, self.scale, bias)  # type: ignore[no-any-return]
 
     def dense_base(self, leaves: Mapping[str, Any], call: Callable[..., Any] = run) -> Any:
         """A dense base as (out_features, in_features)."""

@@ -1,9 +1,9 @@
-"""The eager form of an adopted module: the same object, its class swapped for one whose weight is a pair.
+"""The eager form of an adopted module: the same object, its class swapped for one whose weight is computed.
 
 Swapping the class in place keeps everything else as it was: hooks, buffers, mode, references from elsewhere. A weight
-`name` becomes the leaves `name_a` (rank, in_features) and `name_b` (out_features, rank); reading `module.name` still
-gives the dense weight, computed. Linear and Conv1D get a forward of two thin products; any other module keeps its own
-forward, which reads the computed weight (and the `reassociate` pass turns that into thin products when compiled).
+`name` becomes the leaves of its form (form.py), such as `name_a` (rank, in_features) and `name_b` (out_features, rank);
+reading `module.name` still gives the dense weight, computed. Linear and Conv1D get a forward that never forms it; any other
+module keeps its own forward, which reads the computed weight (and the `reassociate` pass mends that when compiled).
 """
 
 from __future__ import annotations
@@ -21,64 +21,68 @@ from torch import nn
 
 from lrcompile.errors import AdoptError, StateError
 from lrcompile.graph.names import plain_name
-from lrcompile.kernels.lowrank_linear import reference
+from lrcompile.weights.form import Form
 
 MAGIC = "lrcompile/1"
 
 
-class PairedModule:
+class AdoptedModule:
     """Mixed into the class of every adopted module.
 
     Attributes:
         lr_base: the class it had.
-        lr_names: its factored parameters, as (name, stored_in_out).
-        lr_pairs: name -> what the Plan said of it (JSON-able), kept on the instance.
+        lr_forms: its computed parameters and the form of each.
+        lr_told: name -> what the Plan said of it (JSON-able), kept on the instance.
     """
 
     lr_base: type[nn.Module]
-    lr_names: tuple[tuple[str, bool], ...]
-    lr_pairs: dict[str, dict[str, Any]]
+    lr_forms: tuple[tuple[str, Form], ...]
+    lr_told: dict[str, dict[str, Any]]
 
     @property
-    def lr_leaves(self) -> list[str]:
-        """Names of the parameters that are sides of pairs."""
-        return [name + side for name, _ in self.lr_names for side in ("_a", "_b")]
+    def lr_leaves(self) -> dict[str, str]:
+        """Leaf -> the parameter that it is part of: {"weight_a": "weight", ...}."""
+        return {name + suffix: name for name, form in self.lr_forms for suffix in form.leaves}
+
+    def lr_parts(self, name: str) -> dict[str, nn.Parameter]:
+        """The leaves of one parameter, by suffix."""
+        return {suffix: getattr(self, name + suffix) for suffix in dict(self.lr_forms)[name].leaves}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle finds classes by name, and this one is made on the fly: make it again.
         state = self.__getstate__() if hasattr(self, "__getstate__") else dict(self.__dict__)
-        return _rebuild, (self.lr_base, self.lr_names), state
+        return _rebuild, (self.lr_base, self.lr_forms), state
 
     def get_extra_state(self) -> Any:
-        text = json.dumps({"format": MAGIC, "pairs": self.lr_pairs}, sort_keys=True)
+        text = json.dumps({"format": MAGIC, "adopted": self.lr_told}, sort_keys=True)
         plan = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).clone()
         if self.lr_base.get_extra_state is nn.Module.get_extra_state:
             return plan
         return {"lrcompile": plan, "base": self.lr_base.get_extra_state(self)}  # type: ignore[arg-type]
 
     def set_extra_state(self, state: Any) -> None:
-        pairs = read_extra_state(state)
-        if pairs is None and isinstance(state.get("lrcompile") if isinstance(state, dict) else state, torch.Tensor):
+        told = read_extra_state(state)
+        if told is None and isinstance(state.get("lrcompile") if isinstance(state, dict) else state, torch.Tensor):
             raise StateError(
-                f"what the state says of the pair in this {type(self).__name__} can't be read: its _extra_state was "
+                f"what the state says of the weights in this {type(self).__name__} can't be read: its _extra_state was "
                 "scaled or cut; keep the `_extra_state` entries of a state as they are"
             )
-        ranks = {name: pair["rank"] for name, pair in (pairs or {}).items()}
-        if pairs is None or ranks != {name: pair["rank"] for name, pair in self.lr_pairs.items()}:
-            own = {name: pair["rank"] for name, pair in self.lr_pairs.items()}
+        there, here = ({n: Form.of(e) for n, e in (entries or {}).items()} for entries in (told, self.lr_told))
+        if told is None or there != here:
+            spelled = {n: str(f) for n, f in there.items()} or "no pair"
             raise StateError(
-                f"the state holds {ranks or 'no pair'} where this module has {own}; "
+                f"the state holds {spelled} where this module has { {n: str(f) for n, f in here.items()} }; "
                 "build the dense model again and call lrcompile.adopt_like(model, state) before load_state_dict"
             )
-        self.lr_pairs = pairs
+        self.lr_told = told
         if isinstance(state, dict):
             self.lr_base.set_extra_state(self, state["base"])  # type: ignore[arg-type]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in dict(self.lr_names):
+        if name in dict(self.lr_forms):
             raise AdoptError(
-                f"{name} of {type(self).__name__} is computed from {name}_a and {name}_b: assign those, or "
-                "lrcompile.merge(model) first"
+                f"{name} of {type(self).__name__} is computed from {_spelled(name, dict(self.lr_forms)[name])}: assign "
+                "those, or lrcompile.merge(model) first"
             )
         super().__setattr__(name, value)
 
@@ -95,33 +99,38 @@ class PairedModule:
         args = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self.lr_base._load_from_state_dict(self, *args)  # type: ignore[arg-type]
         # Of torch's list of keys nobody learns what to do: that is told below it, once for the whole model.
-        for name, _ in self.lr_names:
-            if f"{prefix}{name}_a" not in state_dict:
-                told = _why_not_there(f"{prefix}{name}", state_dict, unexpected_keys)
+        for name, form in self.lr_forms:
+            first = next(iter(form.leaves))
+            if f"{prefix}{name}{first}" not in state_dict:
+                told = _why_not_there(f"{prefix}{name}", first, state_dict, unexpected_keys)
                 if told and not any(line.startswith("lrcompile: ") for line in error_msgs):
                     error_msgs.append(f"lrcompile: {told}")
 
     def reset_parameters(self) -> None:
         raise AdoptError(
-            f"{type(self).__name__} holds a pair: there is no dense weight to draw anew; initialise before adopting, or "
+            f"{type(self).__name__} is adopted: there is no dense weight to draw anew; initialise before adopting, or "
             "lrcompile.merge(model) first"
         )
 
     def extra_repr(self) -> str:
-        ranks = ", ".join(f"{name}: rank {pair['rank']}" for name, pair in self.lr_pairs.items())
+        forms = ", ".join(f"{name}: {form}" for name, form in self.lr_forms)
         base = self.lr_base.extra_repr(self)  # type: ignore[arg-type]
-        return f"{base}, {ranks}" if base else ranks
+        return f"{base}, {forms}" if base else forms
 
 
-def _why_not_there(weight: str, state_dict: Mapping[str, Any], unexpected_keys: Sequence[str]) -> str:
-    """Why a state lacks the pair of a weight, and what to do; "" where nothing is known."""
+def _spelled(name: str, form: Form) -> str:
+    return " and ".join(name + suffix for suffix in form.leaves)
+
+
+def _why_not_there(weight: str, first: str, state_dict: Mapping[str, Any], unexpected_keys: Sequence[str]) -> str:
+    """Why a state lacks the leaves of a weight, and what to do; "" where nothing is known."""
     if weight in state_dict:
-        return f"{weight} is a pair here and dense in the state; load it before lrcompile.adopt, or after lrcompile.merge(model)"
+        return f"{weight} is adopted here and dense in the state; load it before lrcompile.adopt, or after lrcompile.merge(model)"
     # torch looks for unexpected keys from the outside in, so those of the wrappers around are listed by now.
     for key in unexpected_keys:
-        if key.endswith("_a") and _unwrapped(key) == _unwrapped(f"{weight}_a"):
+        if key.endswith(first) and _unwrapped(key) == _unwrapped(f"{weight}{first}"):
             return (
-                f"the state calls {key!r} what this model calls {f'{weight}_a'!r}: `_orig_mod.` comes from torch.compile's "
+                f"the state calls {key!r} what this model calls {f'{weight}{first}'!r}: `_orig_mod.` comes from torch.compile's "
                 "wrapper, `module.` from DDP's; load into the same wrapper, or rename the state's keys"
             )
     return ""
@@ -132,7 +141,7 @@ def _unwrapped(key: str) -> str:
 
 
 def read_extra_state(state: Any) -> dict[str, dict[str, Any]] | None:
-    """The pairs told by a module's extra state; None where it is not ours."""
+    """What a module's extra state tells of its adopted weights; None where it is not ours."""
     if isinstance(state, dict):
         state = state.get("lrcompile")
     if not isinstance(state, torch.Tensor) or state.dim() != 1 or state.is_meta:
@@ -142,7 +151,7 @@ def read_extra_state(state: Any) -> dict[str, dict[str, Any]] | None:
         content = json.loads(bytes(state.cpu().tolist()).decode())
     except ValueError:
         return None
-    return content["pairs"] if isinstance(content, dict) and content.get("format") == MAGIC else None
+    return content["adopted"] if isinstance(content, dict) and content.get("format") == MAGIC else None
 
 
 @contextmanager
@@ -156,56 +165,59 @@ def plainly(tensor: torch.Tensor) -> Iterator[None]:
 
 def dense_weight(module: nn.Module, name: str) -> torch.Tensor:
     """The product that `module.name` reads, in the layout and dtype it was stored in: contiguous, no gradient."""
-    with plainly(getattr(module, f"{name}_a")):
+    assert isinstance(module, AdoptedModule)
+    with plainly(next(iter(module.lr_parts(name).values()))):
         product: torch.Tensor = getattr(module, name)
         return product.detach().contiguous()
 
 
-def _product(name: str, stored_in_out: bool) -> property:
-    a, b = f"{name}_a", f"{name}_b"
+def _computed(name: str, form: Form) -> property:
+    names = {suffix: name + suffix for suffix in form.leaves}
 
     def read(self: Any) -> torch.Tensor:
-        left, right = getattr(self, b), getattr(self, a)
+        leaves = {suffix: getattr(self, leaf) for suffix, leaf in names.items()}
         # A parameter read under no_grad gives gradients where it is used later; so must what stands for one.
-        lent = (left.requires_grad or right.requires_grad) and not torch.is_grad_enabled()
+        lent = any(leaf.requires_grad for leaf in leaves.values()) and not torch.is_grad_enabled()
         if lent:
             with torch.enable_grad():
-                product = torch.matmul(left, right)
+                product = form.read(leaves)
         else:
-            product = torch.matmul(left, right)
-        if product.dtype != left.dtype:  # under autocast: model code asks for the dtype that is stored
-            product = product.to(left.dtype)
+            product = form.read(leaves)
+        if form.base is None and form.factors is None and product.dtype != leaves["_b"].dtype:
+            product = product.to(leaves["_b"].dtype)  # under autocast: model code asks for the dtype that is stored
         if not torch.compiler.is_compiling() and not product.is_inference():
-            _warn_if_written(product, f"{type(self).__name__}.{name}")
-        return product.t() if stored_in_out else product
+            _warn_if_written(product, f"{type(self).__name__}.{name}", _spelled(name.rpartition(".")[2], form))
+        return product
 
     return property(read)
 
 
-def _warn_if_written(product: torch.Tensor, name: str) -> None:
+def _warn_if_written(product: torch.Tensor, name: str, leaves: str) -> None:
     """Warn once the product is let go if somebody wrote to it (nn.init, clamp_): nobody reads it any more."""
     alias = product.detach()  # shares the count of writes; `.data` does not
-    weakref.finalize(product, _tell_if_written, alias, alias._version, name).atexit = False
+    weakref.finalize(product, _tell_if_written, alias, alias._version, name, leaves).atexit = False
 
 
-def _tell_if_written(alias: torch.Tensor, version: int, name: str) -> None:
+def _tell_if_written(alias: torch.Tensor, version: int, name: str, leaves: str) -> None:
     if alias._version != version:
         warnings.warn(
-            f"a write to {name} is lost: it is computed from {name.rpartition('.')[2]}_a and _b at each read. Write to "
-            "those, or initialise before adopting",
+            f"a write to {name} is lost: it is computed from {leaves} at each read. Write to those, or initialise before "
+            "adopting",
             stacklevel=2,
         )
 
 
-def _linear_forward(self: Any, input: torch.Tensor) -> torch.Tensor:
-    return reference(input, self.weight_a, self.weight_b, self.bias)
+def _linear_forward(form: Form) -> Callable[..., torch.Tensor]:
+    names = {suffix: f"weight{suffix}" for suffix in form.leaves}
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        return form.linear(input, {suffix: getattr(self, leaf) for suffix, leaf in names.items()}, self.bias)
+
+    return forward
 
 
 # Modules whose whole forward is one product, by name: nothing optional is imported to know them.
-_THIN_FORWARDS: dict[str, Callable[..., torch.Tensor]] = {
-    "torch.nn.modules.linear.Linear.forward": _linear_forward,
-    "transformers.pytorch_utils.Conv1D.forward": _linear_forward,
-}
+_ONE_PRODUCT = ("torch.nn.modules.linear.Linear.forward", "transformers.pytorch_utils.Conv1D.forward")
 
 
 def _list_item(self: Any, index: int | slice) -> Any:
@@ -216,58 +228,60 @@ def _list_item(self: Any, index: int | slice) -> Any:
 
 
 @functools.cache
-def paired_class(base: type[nn.Module], names: tuple[tuple[str, bool], ...]) -> type[nn.Module]:
-    """The subclass of `base` whose parameters `names` are pairs; the same class for the same arguments."""
-    members: dict[str, Any] = {"lr_base": base, "lr_names": names, "__module__": base.__module__}
-    members |= {name: _product(name, stored) for name, stored in names}
+def adopted_class(base: type[nn.Module], forms: tuple[tuple[str, Form], ...]) -> type[nn.Module]:
+    """The subclass of `base` whose parameters have these forms; the same class for the same arguments."""
+    members: dict[str, Any] = {"lr_base": base, "lr_forms": forms, "__module__": base.__module__}
+    members |= {name: _computed(name, form) for name, form in forms}
     if issubclass(base, nn.ParameterList):
         members["__getitem__"] = _list_item
-    thin = _THIN_FORWARDS.get(f"{base.forward.__module__}.{base.forward.__qualname__}")
-    if thin is not None and [name for name, _ in names] == ["weight"]:
-        members["forward"] = thin
-    return type(f"LowRank{base.__name__}", (PairedModule, base), members)
+    one_product = f"{base.forward.__module__}.{base.forward.__qualname__}" in _ONE_PRODUCT
+    if one_product and [name for name, _ in forms] == ["weight"]:
+        members["forward"] = _linear_forward(forms[0][1])
+    prefix = "LowRank" if all(form.base is None for _, form in forms) else "Adopted"
+    return type(f"{prefix}{base.__name__}", (AdoptedModule, base), members)
 
 
-def _rebuild(base: type[nn.Module], names: tuple[tuple[str, bool], ...]) -> nn.Module:
-    cls = paired_class(base, names)  # type: ignore[arg-type]
+def _rebuild(base: type[nn.Module], forms: tuple[tuple[str, Form], ...]) -> nn.Module:
+    cls = adopted_class(base, forms)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
-def install_pair(
-    module: nn.Module, name: str, a: nn.Parameter, b: nn.Parameter, stored_in_out: bool, told: dict[str, Any]
-) -> None:
-    """Turn one parameter of a module into a pair, keeping its place in the order of parameters."""
+def install(module: nn.Module, name: str, leaves: Mapping[str, nn.Parameter], told: dict[str, Any]) -> None:
+    """Put leaves, by suffix, where a parameter of a module was, keeping its place in the order of parameters."""
     if name not in module._parameters:
         raise AdoptError(f"{type(module).__name__} has no parameter {name!r} (any more)")
-    if isinstance(module, PairedModule):
-        base, names, pairs = module.lr_base, module.lr_names, dict(module.lr_pairs)
+    if isinstance(module, AdoptedModule):
+        base, forms, before = module.lr_base, module.lr_forms, dict(module.lr_told)
     else:
-        base, names, pairs = type(module), (), {}
+        base, forms, before = type(module), (), {}
     replaced: dict[str, nn.Parameter | None] = {}
     for key, parameter in module._parameters.items():
-        replaced |= {f"{name}_a": a, f"{name}_b": b} if key == name else {key: parameter}
-    made = paired_class(base, (*names, (name, stored_in_out)))  # type: ignore[arg-type]
+        replaced |= {name + suffix: leaf for suffix, leaf in leaves.items()} if key == name else {key: parameter}
+    form = Form.of(told)
+    assert form is not None
+    made = adopted_class(base, (*forms, (name, form)))  # type: ignore[arg-type]
     module._parameters.clear()
     module._parameters.update(replaced)
     # Past the module's own __setattr__, which may refuse.
-    module.__dict__["lr_pairs"] = {**pairs, name: told}
+    module.__dict__["lr_told"] = {**before, name: told}
     object.__setattr__(module, "__class__", made)
 
 
-def remove_pairs(module: nn.Module, dense: dict[str, nn.Parameter]) -> None:
-    """The inverse of install_pair, for several pairs of a module at once: `dense` maps names to new parameters."""
-    assert isinstance(module, PairedModule)
+def remove(module: nn.Module, dense: dict[str, nn.Parameter]) -> None:
+    """The inverse of install, for several parameters of a module at once: `dense` maps names to new parameters."""
+    assert isinstance(module, AdoptedModule)
+    parts = module.lr_leaves
     replaced: dict[str, nn.Parameter | None] = {}
     for key, parameter in module._parameters.items():
-        stem, side = key[:-2], key[-2:]
-        if stem in dense and side == "_a":
-            replaced[stem] = dense[stem]
-        elif not (stem in dense and side == "_b"):
+        name = parts.get(key)
+        if name in dense:
+            replaced[name] = dense[name]  # at the place of the first leaf
+        else:
             replaced[key] = parameter
     module._parameters.clear()
     module._parameters.update(replaced)
-    left = tuple(pair for pair in module.lr_names if pair[0] not in dense)
-    told = module.__dict__.pop("lr_pairs")
+    left = tuple(kept for kept in module.lr_forms if kept[0] not in dense)
+    told = module.__dict__.pop("lr_told")
     if left:
-        module.__dict__["lr_pairs"] = {name: told[name] for name, _ in left}
-    object.__setattr__(module, "__class__", paired_class(module.lr_base, left) if left else module.lr_base)  # type: ignore[arg-type]
+        module.__dict__["lr_told"] = {name: told[name] for name, _ in left}
+    object.__setattr__(module, "__class__", adopted_class(module.lr_base, left) if left else module.lr_base)  # type: ignore[arg-type]

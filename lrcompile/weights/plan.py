@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
-from lrcompile.errors import PlanError
+from lrcompile.errors import LrcompileError, PlanError
 from lrcompile.graph.names import parameter_names
-from lrcompile.recipe import SVD_METHODS
+from lrcompile.recipe import INITS, SVD_METHODS
+from lrcompile.weights.form import Form
 from lrcompile.words import fold
 
 FORMAT = "lrcompile-plan/1"
@@ -31,7 +33,12 @@ class Entry:
         rank: of its pair; None where it stays dense.
         reason: why it stays dense.
         tokens: rows multiplied in one call on the example inputs, over all uses.
-        error: relative Frobenius error of the pair, once adopted; None before.
+        error: relative Frobenius error of what stands in its place, once adopted; None before.
+        base: "dense" or the number format of the frozen base; None without one.
+        factors: the number format of the pair; None for a plain one.
+        init: how the pair starts, one of `recipe.INITS`; "" without a pair.
+        scale: of the pair's product.
+        pair_dtype: of a pair beside a base; None: the weight's.
     """
 
     names: tuple[str, ...]
@@ -42,6 +49,21 @@ class Entry:
     reason: str = ""
     tokens: int = 0
     error: float | None = None
+    base: str | None = None
+    factors: str | None = None
+    init: str = "svd"
+    scale: float = 1.0
+    pair_dtype: str | None = None
+
+    @property
+    def form(self) -> Form | None:
+        """What stands in its place; None where it stays dense."""
+        return Form.of(asdict(self))
+
+    @property
+    def fate(self) -> str:
+        """What becomes of it: "rank 64", "nf4 + rank 16", "dense"."""
+        return str(self.form or "dense")
 
     @property
     def key(self) -> str:
@@ -64,8 +86,15 @@ class Entry:
 
     @property
     def numel(self) -> int:
-        """Numbers after adoption."""
-        return self.dense_numel if self.rank is None else self.rank * (self.out_features + self.in_features)
+        """Numbers after adoption: a base's all, and the pair's."""
+        form = self.form
+        return self.dense_numel if form is None else form.numel
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes after adoption."""
+        form = self.form
+        return self.dense_numel * getattr(torch, self.dtype).itemsize if form is None else form.nbytes
 
     @property
     def flops(self) -> int:
@@ -94,36 +123,46 @@ class Plan:
     breaks: list[str] = field(default_factory=list)
 
     @property
-    def pairs(self) -> list[Entry]:
-        return [e for e in self.entries if e.rank is not None]
+    def adopted(self) -> list[Entry]:
+        """The entries that don't stay dense."""
+        return [e for e in self.entries if e.rank is not None or e.base is not None]
 
     @property
     def compression(self) -> float:
-        """Numbers in the factored weights before, over those after; 1 where nothing is factored."""
-        after = sum(e.numel for e in self.pairs)
-        return sum(e.dense_numel for e in self.pairs) / after if after else 1.0
+        """Numbers in the adopted weights before, over those after; 1 where nothing is adopted."""
+        after = sum(e.numel for e in self.adopted)
+        return sum(e.dense_numel for e in self.adopted) / after if after else 1.0
+
+    @property
+    def byte_compression(self) -> float:
+        """Bytes of the adopted weights before, over those after; 1 where nothing is adopted."""
+        after = sum(e.nbytes for e in self.adopted)
+        before = sum(e.dense_numel * self.bytes_per_number.get(e.key, 4) for e in self.adopted)
+        return before / after if after else 1.0
+
+    @property
+    def by_bytes(self) -> bool:
+        """Whether number formats are part of it, so that bytes tell more than numbers."""
+        return any(e.base or e.factors for e in self.adopted)
 
     def groups(self) -> list[list[Entry]]:
         """The entries, repeated layers of the same fate together."""
         groups: dict[Any, list[Entry]] = {}
         for e in self.entries:
             pattern = re.sub(r"\b\d+\b", "#", " = ".join(e.names))
-            groups.setdefault((pattern, e.shape, e.rank, e.reason), []).append(e)
+            groups.setdefault((pattern, e.shape, e.fate, e.reason), []).append(e)
         return list(groups.values())
 
     def _totals(self) -> tuple[int, int, int, int]:
         skipped = {name for group in self.tied for name in group[1:]}
         before = {n: _numel(shape) for n, shape in self.model.items() if n not in skipped}
         after = dict(before)
-        for e in self.pairs:
-            after[e.key] = e.numel
         size = {n: self.bytes_per_number.get(n, 4) for n in before}
-        return (
-            sum(before.values()),
-            sum(after.values()),
-            sum(before[n] * size[n] for n in before),
-            sum(after[n] * size[n] for n in after),
-        )
+        stored = {n: before[n] * size[n] for n in before}
+        kept = dict(stored)
+        for e in self.adopted:
+            after[e.key], kept[e.key] = e.numel, e.nbytes
+        return sum(before.values()), sum(after.values()), sum(stored.values()), sum(kept.values())
 
     @property
     def parameters(self) -> tuple[int, int]:
@@ -206,13 +245,16 @@ class Plan:
         lines = []
         for group in self.groups():
             e, times = group[0], f" ×{len(group)}" if len(group) > 1 else ""
-            fate = f"rank {e.rank}" if e.rank is not None else f"dense, {e.reason}"
+            fate = e.fate if e.form else f"dense, {e.reason}"
             lines.append(f"{group_name(group)} ({'x'.join(map(str, e.shape))}{times}): {fate}")
-        before, after = self.parameters
-        lines.append(
-            f"{len(self.pairs)} of {len(self.entries)} weights become pairs, {self.compression:.2f}x; "
-            f"whole model {before:,} -> {after:,} numbers, {before / after:.2f}x"
+        made = f"{len(self.adopted)} of {len(self.entries)} weights"
+        before, after = self.bytes if self.by_bytes else self.parameters
+        told, unit = (
+            (f"{made} are adopted, {self.byte_compression:.2f}x fewer bytes", "bytes")
+            if self.by_bytes
+            else (f"{made} become pairs, {self.compression:.2f}x", "numbers")
         )
+        lines.append(f"{told}; whole model {before:,} -> {after:,} {unit}, {before / after:.2f}x")
         return "\n".join(lines)
 
 
@@ -243,6 +285,17 @@ def _check_entry(e: Entry, plan: Plan, seen: set[str]) -> None:
         if plan.model.get(name) != e.shape or name in seen:
             raise PlanError(f"the Plan says of {name!r} what doesn't go with its own description of the model")
         seen.add(name)
+    named = " = ".join(e.names)
     whole = type(e.rank) is int and type(e.tokens) is int and type(e.stored_in_out) is bool
     if not e.names or (e.rank is not None and not (whole and len(e.shape) == 2 and 1 <= e.rank <= min(e.shape))):
-        raise PlanError(f"{' = '.join(e.names)}: rank {e.rank!r} doesn't fit a weight of shape {e.shape}")
+        raise PlanError(f"{named}: rank {e.rank!r} doesn't fit a weight of shape {e.shape}")
+    if e.init not in INITS:
+        raise PlanError(f"{named}: init {e.init!r} is not known; choose from {', '.join(INITS)}")
+    number = isinstance(e.scale, (int, float)) and 0 < e.scale < float("inf")
+    if e.base and (len(e.shape) != 2 or e.factors or not number or (e.base == "dense" and e.rank is None)):
+        raise PlanError(f"{named}: base {e.base!r} doesn't go with shape {e.shape}, factors {e.factors!r}, scale {e.scale!r}")
+    try:
+        if e.form is not None:
+            e.form.leaves  # noqa: B018  reads the formats, which refuse what they can't hold
+    except (LrcompileError, AttributeError, TypeError) as error:
+        raise PlanError(f"{named}: {error}") from error

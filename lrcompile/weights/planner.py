@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from lrcompile.graph.names import plain_name
 from lrcompile.graph.pipeline import bind_weights, run_passes
 from lrcompile.passes import PassContext, Weight, pass_list
 from lrcompile.recipe import Recipe, as_recipe
-from lrcompile.weights.layers import PairedModule
+from lrcompile.weights.layers import AdoptedModule
 from lrcompile.weights.plan import Entry, Plan, describe
 from lrcompile.words import fold
 
@@ -36,11 +37,7 @@ def plan(model: nn.Module, example_inputs: Inputs, recipe: Recipe | None = None)
     refuse_adopted(model)
     captured = capture(model, example_inputs)
     ctx = context_for(model, captured, recipe)
-    run_passes(
-        captured,
-        [p for p in pass_list(recipe, weights=True, program=False) if p.__name__ != "factorize"],
-        ctx,
-    )
+    run_passes(captured, pass_list(recipe, weights=True, program=False, rewrites=False), ctx)
     return plan_from(model, ctx, captured)
 
 
@@ -71,14 +68,14 @@ def plan_from(model: nn.Module, ctx: PassContext, captured: Capture) -> Plan:
         )
     shapes, tied = describe(model)
     size = {plain_name(n): p.element_size() for n, p in model.named_parameters(remove_duplicate=False)}
-    entries = [entry_of(w) for w in ctx.weights.values()]
+    entries = [entry_of(w, ctx.recipe) for w in ctx.weights.values()]
     return Plan(entries, shapes, tied, size, ctx.recipe.to_dict(), captured.breaks)
 
 
 def refuse_adopted(model: nn.Module) -> None:
     """Raise AdoptError where a part of the model is adopted already."""
     for name, module in model.named_modules():
-        if isinstance(module, PairedModule):
+        if isinstance(module, AdoptedModule):
             raise AdoptError(
                 f"{name or type(module).__name__} is adopted already; lrcompile.merge(model) gives the dense model back"
             )
@@ -100,7 +97,7 @@ def check_globs(model: nn.Module | list[nn.Module], recipe: Recipe) -> None:
                     f"the model has {_owners(names)}"
                 )
             if option == "include" and names and not matrices.matches(glob):
-                raise PlanError(f"include={glob!r} matches biases and norms only, no weight that could become a pair")
+                raise PlanError(f"include={glob!r} matches biases and norms only, no weight that could be adopted")
 
 
 def _owners(names: Sequence[str], most: int = 8) -> str:
@@ -110,7 +107,18 @@ def _owners(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(owners[:most]) + (", …" if len(owners) > most else "")
 
 
-def entry_of(w: Weight) -> Entry:
+def entry_of(w: Weight, recipe: Recipe) -> Entry:
     """What the Plan says of a weight."""
-    reason = "" if w.rank is not None else w.reason or "not read by a matrix product"
-    return Entry(w.names, w.shape, str(w.dtype).removeprefix("torch."), w.stored_in_out, w.rank, reason, w.tokens)
+    form = w.form(recipe)
+    reason = "" if form is not None else w.reason or "not read by a matrix product"
+    entry = Entry(w.names, w.shape, str(w.dtype).removeprefix("torch."), w.stored_in_out, w.rank, reason, w.tokens)
+    if form is None:
+        return entry
+    return replace(
+        entry,
+        base=form.base,
+        factors=form.factors,
+        init=recipe.start,
+        scale=form.scale,
+        pair_dtype=form.pair_dtype,
+    )
