@@ -2,11 +2,13 @@
 
 Uniform: every weight gets the same share of the rank at which a pair would be as large as the weight, which is the
 reference point for training from scratch (2402.13533). Ranks are rounded to whole tiles, so the share is searched until
-the total, roundings included, fits the dial.
+the total, roundings included, fits the dial. By importance (for weights that are trained already, 2604.01609): half of
+that for everyone, and the rest tile by tile where it keeps most of a weight's energy for its cost.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable
 
@@ -14,6 +16,8 @@ from torch import fx
 
 from lrcompile.errors import PlanError
 from lrcompile.passes.contract import PassContext, PassResult, Weight, graph_pass
+from lrcompile.recipe import Recipe
+from lrcompile.weights.formats import format_of
 
 NO_SAVING = "a pair of rank"  # how the reason begins of a weight that stays dense because its pair would be no smaller
 
@@ -26,31 +30,52 @@ def allocate_ranks(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         PlanError: a rank above min(in_features, out_features), a compression or byte budget out of reach.
     """
     chosen = [w for w in ctx.weights.values() if w.selected]
-    if chosen and all(w.rank is None for w in chosen):
+    if chosen and ctx.recipe.has_pairs and all(w.rank is None for w in chosen):
         _allocate(chosen, ctx)
+        _check_formats(chosen, ctx)
     result = PassResult()
     for node in gm.graph.find_nodes(op="placeholder"):
         weight = ctx.weights.get(node.meta.get("lr_weight", ""))
         if weight is not None and weight.rank is not None:
             kept = weight.pair_numel(weight.rank) / weight.numel
-            result.changed.append(f"{weight.key}: rank {weight.rank}, {kept:.0%} of the numbers")
-        elif weight is not None and weight in chosen:
+            what = "beside the base" if weight.base else "of the numbers"
+            result.changed.append(f"{weight.key}: rank {weight.rank}, {kept:.0%} {what}")
+        elif weight is not None and weight in chosen and ctx.recipe.has_pairs:
             result.notes.append(f"{weight.key}: dense, {weight.reason}")
     return result
 
 
-def round_to_tile(rank: float, limit: int) -> int:
+def round_to_tile(rank: float, limit: int, multiple: int = 1) -> int:
     """The nearest rank the hardware likes: whole multiples of 64 from 1024, 16 from 64, 8 from 24, else any; at most `limit`.
 
-    Tensor cores eat 16 at a time; below 64 a step of 16 would miss the dial by more than it gains.
+    Tensor cores eat 16 at a time; below 64 a step of 16 would miss the dial by more than it gains. `multiple` is what the
+    number format of the pair asks for.
     """
-    step = tile(rank)
-    return max(1, min(limit, int(rank / step + 0.5) * step))
+    step = math.lcm(tile(rank), multiple)
+    return max(multiple, min(limit // multiple * multiple, int(rank / step + 0.5) * step))
 
 
 def tile(rank: float) -> int:
     """What a rank of this size is a multiple of."""
     return 64 if rank >= 1024 else 16 if rank >= 64 else 8 if rank >= 24 else 1
+
+
+def _multiple(recipe: Recipe) -> int:
+    """What ranks are a multiple of for the pair's number format: rows of weight_b (out_features, rank) are whole groups."""
+    if recipe.factors is None:
+        return 1
+    form = format_of(recipe.factors)
+    return 2 if form.layout in ("nf4", "fp4") else form.group or 1
+
+
+def _check_formats(chosen: list[Weight], ctx: PassContext) -> None:
+    for w in chosen:
+        try:
+            form = w.form(ctx.recipe)
+            if form is not None:
+                form.leaves  # noqa: B018  reads the formats, which refuse what they can't hold
+        except PlanError as error:
+            raise PlanError(f"{w.key}: {error}, or leave it dense with exclude=[{w.key!r}]") from error
 
 
 def _limit(weight: Weight) -> int:
@@ -70,16 +95,33 @@ def _allocate(chosen: list[Weight], ctx: PassContext) -> None:
         _assign(chosen, ctx, lambda w: recipe.rank)
     elif recipe.rank_ratio is not None:
         ratio = recipe.rank_ratio
-        _assign(chosen, ctx, lambda w: _limit(w) if ratio == 1 else round_to_tile(ratio * _limit(w), _limit(w)))
+        multiple = _multiple(recipe)
+        _assign(
+            chosen, ctx, lambda w: _limit(w) if ratio == 1 else round_to_tile(ratio * _limit(w), _limit(w), multiple)
+        )
     else:
-        _search(chosen, ctx, *_target(chosen, ctx))
+        _search(chosen, ctx)
 
 
-def _target(chosen: list[Weight], ctx: PassContext) -> tuple[float, Callable[[Weight], int]]:
-    """What may remain, and the unit it is counted in: numbers, or bytes."""
+def _dense_cost(w: Weight, recipe: Recipe) -> int:
+    return w.numel * (1 if recipe.compression is not None else w.dtype.itemsize)
+
+
+def _cost(w: Weight, recipe: Recipe, rank: int) -> int:
+    """What the dial counts of a weight at this rank: numbers for compression, bytes for a budget."""
+    pair = w.pair_numel(rank) if recipe.compression is not None else w.form_at(recipe, rank).nbytes
+    return min(pair, _dense_cost(w, recipe)) if _must_save(recipe) else pair
+
+
+def _must_save(recipe: Recipe) -> bool:
+    return recipe.require_saving and recipe.weights is None
+
+
+def _target(chosen: list[Weight], ctx: PassContext) -> float:
+    """What may remain of the chosen weights, as `_cost` counts."""
     recipe = ctx.recipe
     if recipe.compression is not None:
-        return sum(w.numel for w in chosen) / recipe.compression, lambda w: 1
+        return sum(w.numel for w in chosen) / recipe.compression
     if ctx.other_bytes is None:
         raise PlanError(
             "budget_bytes is about the whole model, and the backend sees a part of it; "
@@ -87,50 +129,84 @@ def _target(chosen: list[Weight], ctx: PassContext) -> tuple[float, Callable[[We
         )
     rest = sum(w.numel * w.dtype.itemsize for w in ctx.weights.values() if not w.selected)
     assert recipe.budget_bytes is not None
-    return recipe.budget_bytes - rest - ctx.other_bytes, lambda w: w.dtype.itemsize
+    return recipe.budget_bytes - rest - ctx.other_bytes
 
 
-def _search(chosen: list[Weight], ctx: PassContext, target: float, unit: Callable[[Weight], int]) -> None:
+def _search(chosen: list[Weight], ctx: PassContext) -> None:
+    recipe, target, multiple = ctx.recipe, _target(chosen, ctx), _multiple(ctx.recipe)
+
     def rank(w: Weight, share: float) -> int:
-        return round_to_tile(share * w.numel / w.pair_numel(1), _limit(w))
-
-    def size(w: Weight, share: float) -> int:
-        pair = w.pair_numel(rank(w, share))
-        return (min(pair, w.numel) if ctx.recipe.require_saving else pair) * unit(w)
+        return round_to_tile(share * w.numel / w.pair_numel(1), _limit(w), multiple)
 
     def total(share: float) -> int:
-        return sum(size(w, share) for w in chosen)
+        return sum(_cost(w, recipe, rank(w, share)) for w in chosen)
 
     if total(0.0) > target:
         least = total(0.0)
-        if ctx.recipe.compression is not None:
+        if recipe.compression is not None:
             most = math.floor(100 * sum(w.numel for w in chosen) / least) / 100  # down: what is named can be had
             raise PlanError(
-                f"compression={ctx.recipe.compression} can't be reached: the most is {most}, with rank 1 everywhere"
+                f"compression={recipe.compression} can't be reached: the most is {most}, with rank {multiple} everywhere"
             )
-        assert ctx.recipe.budget_bytes is not None
-        need = ctx.recipe.budget_bytes - target + least
+        assert recipe.budget_bytes is not None
+        need = recipe.budget_bytes - target + least
         raise PlanError(
-            f"budget_bytes={ctx.recipe.budget_bytes} can't be met: the least is {math.ceil(need)} bytes, with rank 1 "
+            f"budget_bytes={recipe.budget_bytes} can't be met: the least is {math.ceil(need)} bytes, with rank {multiple} "
             "everywhere; include more weights, or raise the budget"
         )
     low, high = (
         0.0,
-        2.0 if ctx.recipe.require_saving else max(_limit(w) * w.pair_numel(1) / w.numel for w in chosen),
+        2.0 if _must_save(recipe) else max(_limit(w) * w.pair_numel(1) / w.numel for w in chosen),
     )
     if total(high) <= target:
         low = high
     for _ in range(50):  # the total only grows with the share
         middle = (low + high) / 2
         low, high = (middle, high) if total(middle) <= target else (low, middle)
-    _assign(chosen, ctx, lambda w: rank(w, low))
+    if recipe.allocation == "importance":
+        ranks = _by_importance(chosen, ctx, {w.key: rank(w, low) for w in chosen}, target)
+        _assign(chosen, ctx, lambda w: ranks[w.key])
+    else:
+        _assign(chosen, ctx, lambda w: rank(w, low))
+
+
+def _by_importance(chosen: list[Weight], ctx: PassContext, uniform: dict[str, int], target: float) -> dict[str, int]:
+    """Half of the uniform ranks for everyone; the rest, tile by tile, where it keeps most energy for its cost."""
+    if ctx.energies is None:
+        raise PlanError(
+            'allocation="importance" looks at the numbers of all weights: call lrcompile.adopt(model, recipe, example_inputs) '
+            "before torch.compile, on a model that is not on the meta device"
+        )
+    recipe, multiple = ctx.recipe, _multiple(ctx.recipe)
+    ranks = {w.key: round_to_tile(uniform[w.key] / 2, _limit(w), multiple) for w in chosen}
+    left = target - sum(_cost(w, recipe, ranks[w.key]) for w in chosen)
+    energies = {w.key: ctx.energies(w.key).tolist() for w in chosen}
+    queue: list[tuple[float, int, int]] = []  # (-energy for its cost, position, next rank)
+
+    def offer(i: int) -> None:
+        w = chosen[i]
+        now = ranks[w.key]
+        then = min(now + math.lcm(tile(now), multiple), _limit(w) // multiple * multiple)
+        cost = _cost(w, recipe, then) - _cost(w, recipe, now)
+        if then > now and cost > 0:
+            heapq.heappush(queue, (-sum(energies[w.key][now:then]) / cost, i, then))
+
+    for i in range(len(chosen)):
+        offer(i)
+    while queue:
+        _, i, then = heapq.heappop(queue)
+        cost = _cost(chosen[i], recipe, then) - _cost(chosen[i], recipe, ranks[chosen[i].key])
+        if cost <= left:  # else it may be that a smaller one still fits
+            left, ranks[chosen[i].key] = left - cost, then
+            offer(i)
+    return ranks
 
 
 def _assign(chosen: list[Weight], ctx: PassContext, rank: Callable[[Weight], int | None]) -> None:
     for w in chosen:
         r = rank(w)
         assert r is not None
-        if ctx.recipe.require_saving and w.pair_numel(r) >= w.numel:
+        if _must_save(ctx.recipe) and w.pair_numel(r) >= w.numel:
             w.reason = f"{NO_SAVING} {r} would hold {w.pair_numel(r)} numbers, not fewer than {w.numel}"
             w.selected = False
         else:

@@ -19,7 +19,7 @@ from lrcompile.passes.graphs import (
     drop_dead,
     linear_fn,
     module_name,
-    pair_product,
+    reads_weight,
     rows_of,
     scopes,
     sites,
@@ -131,7 +131,7 @@ def _reader_name(scope: Scope, reader: fx.Node) -> list[str]:
         return ["the output"]
     if in_transform(reader):
         return [f"{_plain(reader)} inside a transform of torch.func"]
-    if pair_product(scope, reader):
+    if reads_weight(scope, reader):
         return ["matmul with another weight"]
     if reader.target in (linear_fn, F.linear):
         return ["linear as its input"]

@@ -34,7 +34,6 @@ class Weight:
         selected: whether it is to be adopted; `reason` says why not.
         rank: the pair's rank, None where there is no pair.
         base: "dense" or the number format of its frozen base; None without one.
-        energies: relative energy of each singular value, largest first, float64, for sharing ranks by importance.
     """
 
     names: tuple[str, ...]
@@ -50,7 +49,6 @@ class Weight:
     reason: str = ""
     rank: int | None = None
     base: str | None = None
-    energies: torch.Tensor | None = None
 
     @property
     def key(self) -> str:
@@ -76,16 +74,20 @@ class Weight:
         """What stands in its place as decided so far; None where it stays dense."""
         if self.rank is None and (self.base is None or recipe.has_pairs):
             return None
-        beside = self.base is not None and self.rank is not None
+        return self.form_at(recipe, self.rank)
+
+    def form_at(self, recipe: Recipe, rank: int | None) -> Form:
+        """The form that it would have with a pair of this rank."""
+        beside = self.base is not None and rank is not None
         return Form(
             self.out_features,
             self.in_features,
             str(self.dtype).removeprefix("torch."),
             self.stored_in_out,
-            self.rank,
+            rank,
             self.base,
-            recipe.factors if self.rank is not None else None,
-            recipe.alpha / self.rank**0.5 if beside and self.rank else 1.0,
+            recipe.factors if rank is not None else None,
+            recipe.alpha / rank**0.5 if beside and rank else 1.0,
             recipe.pair_dtype if beside else None,
         )
 
@@ -111,6 +113,8 @@ class PassContext:
         last: whether the graph at hand is the last of the model's call.
         target: the device of the cost table that the graph will run on; None: the CPU, or unknown.
         kernels: "auto" (the cost model decides), "triton" (our operators wherever they fit), "inductor" (never).
+        energies: key of a weight -> the share of each of its singular values in ‖W‖², largest first; None where the numbers
+            are out of reach.
     """
 
     recipe: Recipe
@@ -120,6 +124,7 @@ class PassContext:
     last: bool = True
     target: Device | None = None
     kernels: str = "auto"
+    energies: Callable[[str], torch.Tensor] | None = None
 
 
 @dataclass

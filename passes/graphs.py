@@ -142,7 +142,8 @@ def drop_dead(gm: fx.GraphModule) -> None:
     """
     for node in reversed(gm.graph.nodes):
         name = target_name(node)
-        pure = node.op in ("call_function", "call_method") and (node.meta.get("lr_written") or name in PURE)
+        known = node.meta.get("lr_written") or name in PURE or composed(node)
+        pure = node.op in ("call_function", "call_method") and known
         if pure and not node.users and not node.is_impure() and not written(node):
             gm.graph.erase_node(node)
 
@@ -258,6 +259,16 @@ def decoded_product(node: fx.Node) -> bool:
     """Whether a node is decoded(weight_b) @ decoded(weight_a): what a module with a quantised pair reads."""
     is_matmul = node.op == "call_function" and node.target is torch.matmul and len(node.args) == 2
     return is_matmul and all(composed(a) for a in node.args)
+
+
+def reads_weight(scope: Scope, node: fx.Node) -> bool:
+    """Whether a node is what an adopted module's `weight` reads, whatever its form."""
+    return pair_product(scope, node) or composed(node) or decoded_product(node)
+
+
+def is_weight(scope: Scope, node: fx.Node) -> bool:
+    """Whether a node is a parameter, or what an adopted module reads in a parameter's place."""
+    return is_parameter(scope, node) or reads_weight(scope, node)
 
 
 def pair_of(site: Site) -> int | None:

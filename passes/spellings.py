@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from lrcompile.passes.chains import BROADCASTS, in_transform, storages, target_name, trace_matrix, value
-from lrcompile.passes.graphs import Scope, emit, is_parameter, linear_fn, pair_product
+from lrcompile.passes.graphs import Scope, emit, is_weight, linear_fn, reads_weight
 
 
 def rewrite(scope: Scope, node: fx.Node) -> tuple[fx.Node | None, str]:
@@ -82,7 +82,7 @@ def _matrix(scope: Scope, operand: Any) -> fx.Node | None:
         if not (repeated and same and start):
             return None
     source = trace_matrix(node).source
-    return node if pair_product(scope, source) or is_parameter(scope, source) else None
+    return node if is_weight(scope, source) else None
 
 
 def _is_matrix(scope: Scope, operand: Any) -> bool:
@@ -144,7 +144,7 @@ def _operands(node: fx.Node, *names: tuple[str, ...]) -> list[Any] | None:
 def _matmul(scope: Scope, node: fx.Node) -> fx.Node | None:
     """matmul, mm, bmm, mv, @."""
     operands = _operands(node, ("input",), ("other", "mat2", "vec"))
-    if operands is None or pair_product(scope, node):  # the latter is the weight itself
+    if operands is None or reads_weight(scope, node):  # the latter is the weight itself
         return None
     return _times(scope, node, *operands)
 
