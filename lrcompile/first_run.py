@@ -24,14 +24,14 @@ from lrcompile.graph.pipeline import bind_weights, copy_graph, run_passes
 from lrcompile.live import Live
 from lrcompile.passes import PassContext, Weight, pass_list
 from lrcompile.recipe import Recipe
-from lrcompile.weights.layers import PairedModule
+from lrcompile.weights.layers import AdoptedModule
+from lrcompile.weights.make import computed
 from lrcompile.weights.plan import Entry
 from lrcompile.weights.planner import check_globs, entry_of
 from lrcompile.weights.replace import (
     Change,
-    Pair,
+    Made,
     carry_out,
-    factored,
     left_dense,
     refuse,
     settle,
@@ -61,7 +61,7 @@ class AdoptAtRun:
         self.gm, self.last, self.recipe, self.compile_dense = gm, graph.last, recipe, compile_dense
         self.dense: Callable[..., Any] | None = None
         weights = self._decide(graph.inputs, names)
-        self.entries = {i: entry_of(w) for i, w in weights.items()}
+        self.entries = {i: entry_of(w, self.recipe) for i, w in weights.items()}
         # Those that the graph multiplies with or looks up; what it only takes the norm of is left to other graphs.
         self.wanted = [i for i, w in weights.items() if w.kinds]
         self.called = {i: self.entries[i].names[0] for i in self.wanted}
@@ -91,8 +91,7 @@ class AdoptAtRun:
         named = {id(p): names[id(p)] for p in graph.parameters().values() if id(p) in names and not settled(p)}
         ctx = PassContext(self.recipe, device=device_of(inputs).type)
         bind_weights([graph], named, ctx)
-        passes = pass_list(self.recipe, weights=True, program=False)
-        run_passes(Capture([graph], named), [p for p in passes if p.__name__ != "factorize"], ctx)
+        run_passes(Capture([graph], named), pass_list(self.recipe, weights=True, program=False, rewrites=False), ctx)
         keys = {i: node.meta.get("lr_weight") for i, node in enumerate(graph.placeholders)}
         return {i: ctx.weights[key] for i, key in keys.items() if key in ctx.weights}
 
@@ -106,13 +105,13 @@ class AdoptAtRun:
         live, entries = Live.sweep(), self.entries
         if any(self.planned[i]() is not args[i] for i in open_):
             weights = self._decide(args, self._names_again(args, live))
-            entries = {i: entry_of(w) for i, w in weights.items()}
+            entries = {i: entry_of(w, self.recipe) for i, w in weights.items()}
         todo = {i: entries[i] for i in open_ if i in entries and entries[i].rank is not None}
         if todo:
             others = [p for p in args if isinstance(p, nn.Parameter) and id(p) not in {id(args[i]) for i in todo}]
             changes = [Change(entry, args[i]) for i, entry in todo.items()]
             made = _adopt_arguments(changes, others, list(entries.values()), live, self.recipe)
-            pairs |= {i: (pair.a, pair.b) for i, pair in zip(todo, made, strict=True)}
+            pairs |= {i: (m.leaves["_a"], m.leaves["_b"]) for i, m in zip(todo, made, strict=True)}
         elif dense := left_dense(entries.values()):
             log.info(f"adopted no weight of this graph; left dense: {dense}")
         settle([args[i] for i in open_ if i not in todo], self.recipe.to_dict())
@@ -130,7 +129,7 @@ class AdoptAtRun:
 
 def _adopt_arguments(
     changes: Sequence[Change], others: Sequence[nn.Parameter], seen: Sequence[Entry], live: Live, recipe: Recipe
-) -> list[Pair]:
+) -> list[Made]:
     """Adopt the weights that a graph was called with; everything is checked before the first is touched."""
     start = time.perf_counter()
     if in_recomputed_region():
@@ -142,11 +141,11 @@ def _adopt_arguments(
     refuse(changes, live)
     tops = {id(top): top for c in changes for top in (live.top(m) for m, _ in live.owners[id(c.weight)])}
     before = _numbers(tops.values())
-    pairs = carry_out(changes, live, factored(recipe.svd), recipe.to_dict())
-    watch([(pair.old, pair.a, pair.b) for pair in pairs], others)
-    tell(seen, [p.entry for p in pairs], (before, _numbers(tops.values())), time.perf_counter() - start)
-    warn_of_lists(pairs, live)
-    return pairs
+    made = carry_out(changes, live, computed(recipe.to_dict()), recipe.to_dict())
+    watch([(m.old, *m.leaves.values()) for m in made], others)
+    tell(seen, [m.entry for m in made], (before, _numbers(tops.values())), time.perf_counter() - start)
+    warn_of_lists(made, live)
+    return made
 
 
 def names_of(
@@ -180,12 +179,12 @@ def settle_copies(parameters: Iterable[nn.Parameter], live: Live) -> None:
     """The leaves of a copied or unpickled model whose original was adopted, and what stands dense among them."""
     for p in parameters:
         owner = next(
-            (m for m, name in live.owners.get(id(p), ()) if isinstance(m, PairedModule) and name in m.lr_leaves), None
+            (m for m, name in live.owners.get(id(p), ()) if isinstance(m, AdoptedModule) and name in m.lr_leaves), None
         )
         if owner is None or settled(p):
             continue
         top = live.top(owner)
-        paired = [(n, m) for n, m in top.named_modules() if isinstance(m, PairedModule)]
+        paired = [(n, m) for n, m in top.named_modules() if isinstance(m, AdoptedModule)]
         copied = [n.split(".") for n, m in paired if not all(settled(getattr(m, leaf)) for leaf in m.lr_leaves)]
         # The smallest part of the model with all of them in it: there the original's Plan has decided.
         settle(top.get_submodule(".".join(os.path.commonprefix(copied))).parameters(), {})

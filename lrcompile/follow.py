@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ log = logging.getLogger("lrcompile")
 
 @dataclass
 class _Heirs:
-    """What stands in a parameter's place: its pair, or the dense weight that a pair was merged into.
+    """What stands in a parameter's place: its trainable leaves, or the dense weight that they were merged into.
 
     Attributes:
         leaves: in the order that they take its place.
@@ -85,20 +85,20 @@ def _start(optimizer: torch.optim.Optimizer, old: nn.Parameter, leaves: Sequence
         }
 
 
-def follow_pair(
-    optimizers: Sequence[torch.optim.Optimizer], old: nn.Parameter, pair: tuple[nn.Parameter, nn.Parameter]
+def follow_leaves(
+    optimizers: Sequence[torch.optim.Optimizer], old: nn.Parameter, leaves: Mapping[str, nn.Parameter]
 ) -> None:
-    """Hand a pair to the optimizers that held the weight it replaces, now and before later steps."""
-    _inherit(old, pair, lambda name: [f"{name}_a", f"{name}_b"], merged=False)
+    """Hand the trainable leaves, by suffix, to the optimizers that held the weight they replace, now and before later steps."""
+    _inherit(old, tuple(leaves.values()), lambda name: [name + suffix for suffix in leaves], merged=False)
     for optimizer in optimizers:
         _replace(optimizer)
 
 
 def follow_merged(
-    optimizers: Sequence[torch.optim.Optimizer], pair: tuple[nn.Parameter, nn.Parameter], dense: nn.Parameter
+    optimizers: Sequence[torch.optim.Optimizer], leaves: Mapping[str, nn.Parameter], dense: nn.Parameter
 ) -> None:
-    """Hand a merged weight to the optimizers that held its pair; what state they had for that is dropped."""
-    for leaf, suffix in zip(pair, ("_a", "_b"), strict=True):
+    """Hand a merged weight to the optimizers that held its trainable leaves; what state they had for those is dropped."""
+    for suffix, leaf in leaves.items():
         _inherit(leaf, (dense,), lambda name, suffix=suffix: [name.removesuffix(suffix)], merged=True)  # type: ignore[misc]
     for optimizer in optimizers:
         _replace(optimizer)
@@ -115,11 +115,11 @@ def _inherit(
         _hooked = True
 
 
-def watch(replaced: Sequence[tuple[nn.Parameter, nn.Parameter, nn.Parameter]], others: Sequence[nn.Parameter]) -> None:
+def watch(replaced: Sequence[tuple[nn.Parameter, ...]], others: Sequence[nn.Parameter]) -> None:
     """Raise AdoptError, from a backward, where three optimizer steps have passed and no new leaf moved.
 
     Args:
-        replaced: (old, weight_a, weight_b) each.
+        replaced: (old, its trainable leaves) each.
         others: parameters of the same graph that stay, to tell an optimizer at work from none.
     """
     trained = [(old, leaf) for old, *leaves in replaced for leaf in leaves if leaf.requires_grad]

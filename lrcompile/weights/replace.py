@@ -1,13 +1,13 @@
-"""Putting a pair where a weight was: in every module that has it, with the optimizers following; and back.
+"""Putting leaves where a weight was: in every module that has it, with the optimizers following; and back.
 
 Everything that can be wrong is found by `refuse` before the first weight is touched; then one weight at a time is
-factored, installed and let go, so that peak memory is the model plus one weight.
+computed, installed and let go, so that peak memory is the model plus one weight.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,17 +16,17 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrcompile.errors import AdoptError
-from lrcompile.follow import follow_merged, follow_pair, is_watch, refuse_started
+from lrcompile.follow import follow_leaves, follow_merged, is_watch, refuse_started
 from lrcompile.live import Live
-from lrcompile.weights.factor import check_finite, svd_pair
-from lrcompile.weights.layers import PairedModule, dense_weight, install_pair, paired_class, plainly, remove_pairs
+from lrcompile.weights.factor import check_finite
+from lrcompile.weights.form import Form, store
+from lrcompile.weights.formats import dequantise, format_of, quantise
+from lrcompile.weights.layers import AdoptedModule, adopted_class, dense_weight, install, remove
+from lrcompile.weights.make import Maker, parameters
 from lrcompile.weights.plan import Entry
 from lrcompile.words import fold_lines
 
 log = logging.getLogger("lrcompile")
-
-# weight, entry -> weight_a, weight_b, relative error
-Factor = Callable[[nn.Parameter, Entry], tuple[torch.Tensor, torch.Tensor, float | None]]
 
 # --- which parameters a Plan was written over -------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ _settled: MutableMapping[nn.Parameter, dict[str, Any]] = WeakTensorKeyDictionary
 
 
 def settled(parameter: nn.Parameter) -> bool:
-    """Whether a Plan has already decided about this very parameter: a pair's leaf, or left dense on purpose."""
+    """Whether a Plan has already decided about this very parameter: an adopted weight's leaf, or left dense on purpose."""
     return parameter in _settled
 
 
@@ -55,34 +55,34 @@ def unsettle(parameters: Iterable[nn.Parameter]) -> None:
         _settled.pop(p, None)
 
 
-# --- weights to pairs -------------------------------------------------------------------------------------------------
+# --- weights to leaves -------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Change:
-    """One weight that is to become a pair."""
+    """One weight that is to be adopted."""
 
     entry: Entry
     weight: nn.Parameter
 
 
 @dataclass
-class Pair:
-    """What became of a Change: the leaves, and the entry with the error measured."""
+class Made:
+    """What became of a Change: the leaves by suffix, and the entry with the error measured."""
 
     old: nn.Parameter
-    a: nn.Parameter
-    b: nn.Parameter
+    leaves: dict[str, nn.Parameter]
     entry: Entry
 
 
-def refuse(changes: Sequence[Change], live: Live, *, computes: bool = True) -> None:
+def refuse(changes: Sequence[Change], live: Live, *, computes: bool = True, frozen: bool = False) -> None:
     """Raise AdoptError, naming weight and fix, where one of the changes can't be carried out. Touches nothing.
 
     Args:
         changes: all of them.
         live: a sweep made just now.
         computes: the numbers of the weights will be used, so they have to be finite.
+        frozen: the recipe says what is trained, so a weight that requires gradients may be frozen.
     """
     from torch.distributed.tensor import DTensor
 
@@ -98,8 +98,15 @@ def refuse(changes: Sequence[Change], live: Live, *, computes: bool = True) -> N
             wrapper = live.wrapper_of(module)
             if wrapper is not None:
                 raise AdoptError(f"{key} is in the hands of {wrapper} already: {fix} wrapping the model")
-            _refuse_taken(module, name, key)
+            _refuse_taken(module, name, change.entry)
             _refuse_class(module, name, change.entry)
+        form = change.entry.form
+        if weight.requires_grad and not frozen and form and not any(leaf.pair for leaf in form.leaves.values()):
+            raise AdoptError(
+                f"{key} is trained, and as {form} it would be frozen: give it a pair beside the base "
+                f"(Recipe.finetune(), or weights={form.base or form.factors!r} with rank=16), or for inference call "
+                "model.requires_grad_(False) first, or say trainable=[] in the recipe"
+            )
         hooks = [*(weight._backward_hooks or {}).values(), *_after_hooks(weight)]
         if any(not is_watch(hook) for hook in hooks):
             raise AdoptError(
@@ -115,18 +122,19 @@ def _after_hooks(weight: nn.Parameter) -> list[object]:
     return list((getattr(weight, "_post_accumulate_grad_hooks", None) or {}).values())
 
 
-def _refuse_taken(module: nn.Module, name: str, key: str) -> None:
-    for leaf in (f"{name}_a", f"{name}_b"):
-        if hasattr(module, leaf):
-            kind = type(module).__name__
-            raise AdoptError(f"{key}: its {kind} has a {leaf} of its own; leave it out with exclude=[{key!r}]")
+def _refuse_taken(module: nn.Module, name: str, entry: Entry) -> None:
+    for suffix in entry.form.leaves if entry.form else ():
+        if hasattr(module, name + suffix):
+            kind, key = type(module).__name__, entry.key
+            raise AdoptError(f"{key}: its {kind} has a {name}{suffix} of its own; leave it out with exclude=[{key!r}]")
 
 
 def _refuse_class(module: nn.Module, name: str, entry: Entry) -> None:
     """The subclass that the module will be of is made now: a base with rules for its subclasses may refuse."""
-    base, names = (module.lr_base, module.lr_names) if isinstance(module, PairedModule) else (type(module), ())
+    base, forms = (module.lr_base, module.lr_forms) if isinstance(module, AdoptedModule) else (type(module), ())
+    assert entry.form is not None
     try:
-        paired_class(base, (*names, (name, entry.stored_in_out)))  # type: ignore[arg-type]
+        adopted_class(base, (*forms, (name, entry.form)))  # type: ignore[arg-type]
     except Exception as error:
         raise AdoptError(
             f"{entry.key}: its {type(module).__name__} can't be subclassed ({type(error).__name__}: {error}); leave it "
@@ -134,75 +142,44 @@ def _refuse_class(module: nn.Module, name: str, entry: Entry) -> None:
         ) from error
 
 
-def carry_out(changes: Sequence[Change], live: Live, factor: Factor, recipe: dict[str, Any]) -> list[Pair]:
-    """Make and install the pairs, one at a time, after `refuse` found nothing.
-
-    A weight's attributes go over to both leaves, and so does a gradient that it has (by the chain rule); optimizers
-    that hold it hold the leaves afterwards.
-    """
-    done: list[Pair] = []
+def carry_out(changes: Sequence[Change], live: Live, make: Maker, recipe: dict[str, Any]) -> list[Made]:
+    """Make and install the leaves, a weight at a time, after `refuse` found nothing; optimizers that hold the weight follow."""
+    done: list[Made] = []
     for change in changes:
-        weight, entry = change.weight, change.entry
-        a, b, error = make_leaves(weight, entry, factor)
-        entry = replace(entry, error=error)
+        weight = change.weight
+        leaves, error = parameters(weight, change.entry, make)
+        entry = replace(change.entry, error=error)
         for module, name in live.owners[id(weight)]:
-            install_pair(module, name, a, b, entry.stored_in_out, asdict(entry))
-        settle((a, b), recipe)
-        follow_pair(live.optimizers, weight, (a, b))
-        done.append(Pair(weight, a, b, entry))
+            install(module, name, leaves, asdict(entry))
+        settle(leaves.values(), recipe)
+        follow_leaves(live.optimizers, weight, _pair(leaves, entry.form))
+        done.append(Made(weight, leaves, entry))
     return done
 
 
-def make_leaves(weight: nn.Parameter, entry: Entry, factor: Factor) -> tuple[nn.Parameter, nn.Parameter, float | None]:
-    """The two leaves that replace a weight: ordinary tensors, whatever modes the caller is in."""
-    with plainly(weight):
-        a, b, error = factor(weight, entry)
-        leaves = [nn.Parameter(t, requires_grad=weight.requires_grad) for t in (a, b)]
-        for leaf in leaves:
-            leaf.__dict__.update(weight.__dict__)
-        # Not to leaves that are yet to be filled: a gradient at zero is none of the values that will be loaded.
-        gradient = None if factor is empty_pair or weight.is_meta else weight.grad
-        if gradient is not None:
-            gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            gradient = gradient.T if entry.stored_in_out else gradient
-            leaves[0].grad, leaves[1].grad = b.T @ gradient, gradient @ a.T
-    return leaves[0], leaves[1], error
-
-
-def factored(method: str) -> Factor:
-    """Factors by truncated SVD (`Recipe.svd` tells how); shapes only on the `meta` device."""
-
-    def factor(weight: nn.Parameter, entry: Entry) -> tuple[torch.Tensor, torch.Tensor, float | None]:
-        if weight.is_meta:
-            return empty_pair(weight, entry)
-        assert entry.rank is not None
-        matrix = weight.detach().T if entry.stored_in_out else weight.detach()
-        pair = svd_pair(matrix, entry.rank, method, entry.key)
-        return pair.weight_a, pair.weight_b, pair.error
-
-    return factor
-
-
-def empty_pair(weight: torch.Tensor, entry: Entry) -> tuple[torch.Tensor, torch.Tensor, float | None]:
-    """Leaves of the right shape, to be filled by load_state_dict."""
-    assert entry.rank is not None
-    a = torch.zeros(entry.rank, entry.in_features, dtype=weight.dtype, device=weight.device)
-    b = torch.zeros(entry.out_features, entry.rank, dtype=weight.dtype, device=weight.device)
-    return a, b, entry.error
+def _pair(leaves: dict[str, nn.Parameter], form: Form | None) -> dict[str, nn.Parameter]:
+    """Those that an optimizer can move."""
+    assert form is not None
+    return {suffix: leaf for suffix, leaf in leaves.items() if form.leaves[suffix].pair}
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------
 
 
-def tell(seen: Sequence[Entry], pairs: Sequence[Entry], parameters: tuple[int, int], seconds: float) -> None:
+def tell(seen: Sequence[Entry], made: Sequence[Entry], parameters: tuple[int, int], seconds: float) -> None:
     """Log an adoption, in one line: sites, parameters, compression, mean relative weight error, seconds, what is dense."""
-    linears = [e for e in seen if e.tokens or e.rank is not None]
-    before, after = sum(e.dense_numel for e in pairs), sum(e.numel for e in pairs)
-    errors = [e.error for e in pairs if e.error is not None]
+    linears = [e for e in seen if e.tokens or e.form is not None]
+    unit = "bytes" if any(e.base or e.factors for e in made) else "numbers"
+    if unit == "bytes":
+        before = sum(e.dense_numel * getattr(torch, e.dtype).itemsize for e in made)
+        after = sum(e.nbytes for e in made)
+    else:
+        before, after = sum(e.dense_numel for e in made), sum(e.numel for e in made)
+    errors = [e.error for e in made if e.error is not None]
     dense = left_dense(seen)
     mean = f"{sum(errors) / len(errors):.3f}" if errors else "not computed"
     log.info(
-        f"adopted {len(pairs)} of {len(linears)} linear weights: {before:,} -> {after:,} numbers "
+        f"adopted {len(made)} of {len(linears)} linear weights: {before:,} -> {after:,} {unit} "
         f"({before / after if after else 1:.2f}x), all parameters {parameters[0]:,} -> {parameters[1]:,}, "
         f"mean relative weight error {mean}, {seconds:.1f} s" + (f"; left dense: {dense}" if dense else "")
     )
@@ -210,13 +187,13 @@ def tell(seen: Sequence[Entry], pairs: Sequence[Entry], parameters: tuple[int, i
 
 def left_dense(seen: Iterable[Entry]) -> str:
     """The weights that stay dense, those of one reason together, and why; plain embeddings aside."""
-    dense = (e for e in seen if e.rank is None and e.reason != "an embedding")
+    dense = (e for e in seen if e.form is None and e.reason != "an embedding")
     return "; ".join(fold_lines(f"{e.key}: {e.reason}" for e in dense))
 
 
-def warn_of_lists(pairs: Sequence[Pair], live: Live) -> None:
+def warn_of_lists(made: Sequence[Made], live: Live) -> None:
     """Log a warning where lists or dicts of parameters made before the adoption still hold replaced weights."""
-    stale = live.collections_of([pair.old for pair in pairs])
+    stale = live.collections_of([m.old for m in made])
     if stale:
         log.warning(
             f"{len(stale)} collection(s) of parameters made before the adoption still hold replaced weights (of "
@@ -228,24 +205,61 @@ def warn_of_lists(pairs: Sequence[Pair], live: Live) -> None:
 # --- and back ---------------------------------------------------------------------------------------------------------
 
 
-def dissolve(modules: Sequence[PairedModule], live: Live) -> None:
-    """Turn every pair of these modules into the dense weight that it reads as, in all modules that share it."""
-    pairs = {
-        (id(a), id(b)): (a, b, module, name)
-        for module in modules
-        for name, _ in module.lr_names
-        for a, b in [(getattr(module, f"{name}_a"), getattr(module, f"{name}_b"))]
-    }
+def dissolve(modules: Sequence[AdoptedModule], live: Live, weights: str | None = None) -> list[Entry]:
+    """Turn every adopted weight of these modules into the dense one that it reads as, in all modules that share it.
+
+    Args:
+        modules: all of them.
+        live: a sweep made just now.
+        weights: number format to quantise what came out; None leaves it dense.
+
+    Returns:
+        with `weights`, what stands there now, with the error of quantising; else nothing.
+    """
+    found: dict[tuple[int, ...], tuple[dict[str, nn.Parameter], AdoptedModule, str, Form]] = {}
+    for module in modules:
+        for name, form in module.lr_forms:
+            leaves = module.lr_parts(name)
+            found.setdefault(tuple(map(id, leaves.values())), (leaves, module, name, form))
     for optimizer in live.optimizers:
-        if any(leaf in optimizer.state and optimizer.state[leaf] for a, b, *_ in pairs.values() for leaf in (a, b)):
+        if any(optimizer.state.get(leaf) for leaves, *_ in found.values() for leaf in leaves.values()):
             log.warning(
                 f"{type(optimizer).__name__} starts anew for the merged weights: its state for the pairs is dropped"
             )
-    for a, b, module, name in pairs.values():
-        trained = a.requires_grad or b.requires_grad
-        dense = nn.Parameter(dense_weight(module, name), requires_grad=trained)  # type: ignore[arg-type]
-        dense.__dict__.update(a.__dict__)
-        for owner, leaf in list(live.owners[id(a)]):
-            if isinstance(owner, PairedModule) and leaf in owner._parameters:
-                remove_pairs(owner, {leaf.removesuffix("_a"): dense})
-        follow_merged(live.optimizers, (a, b), dense)
+    made = []
+    for leaves, module, name, form in found.values():
+        trained = any(leaf.requires_grad for leaf in leaves.values())
+        dense = nn.Parameter(dense_weight(module, name), requires_grad=trained and weights is None)  # type: ignore[arg-type]
+        first = next(iter(leaves.values()))
+        dense.__dict__.update(first.__dict__)
+        told = module.lr_told[name]
+        owners = [(o, n) for o, n in live.owners[id(first)] if isinstance(o, AdoptedModule) and n in o._parameters]
+        owned = [(owner, owner.lr_leaves[leaf]) for owner, leaf in owners]
+        for owner, parameter in owned:
+            remove(owner, {parameter: dense})  # type: ignore[arg-type]
+        follow_merged(live.optimizers, _pair(leaves, form), dense)
+        if weights is not None:
+            made.append(_requantise(dense, told, weights, owned))  # type: ignore[arg-type]
+    return made
+
+
+def _requantise(
+    dense: nn.Parameter, told: dict[str, Any], weights: str, owned: Sequence[tuple[nn.Module, str]]
+) -> Entry:
+    told = {**told, "dtype": str(dense.dtype).removeprefix("torch."), "rank": None, "base": weights, "factors": None}
+    told |= {"scale": 1.0, "pair_dtype": None, "names": tuple(told["names"]), "shape": tuple(told["shape"])}
+    form, number_format = Form.of(told), format_of(weights)
+    assert form is not None
+    matrix = dense.detach().T if form.stored_in_out else dense.detach()
+    packed = quantise(number_format, matrix, told["names"][0])
+    leaves = {
+        suffix: nn.Parameter(store(packed[key]), requires_grad=False)
+        for key, suffix in zip(number_format.keys, form.suffixes("base"), strict=True)
+    }
+    kept = dequantise(number_format, packed, (form.out_features, form.in_features), torch.float32)
+    size = float(torch.linalg.vector_norm(matrix.float()))
+    told["error"] = float(torch.linalg.vector_norm(kept - matrix.float())) / size if size else 0.0
+    for module, name in owned:
+        install(module, name, leaves, told)
+    settle(leaves.values(), {})
+    return Entry(**told)
