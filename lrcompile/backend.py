@@ -24,7 +24,7 @@ from lrcompile.graph.pipeline import copy_graph, run_passes
 from lrcompile.kernels import launch
 from lrcompile.live import Live
 from lrcompile.passes import KERNELS, PassContext, pass_list
-from lrcompile.recipe import Recipe
+from lrcompile.recipe import CALIBRATED, Recipe
 from lrcompile.weights.replace import settled, settled_by
 
 log = logging.getLogger("lrcompile")
@@ -104,6 +104,7 @@ def lrcompile(
     graph = CapturedGraph(gm, list(example_inputs), last=not frame_goes_on())
     matrices = [p for p in graph.parameters().values() if p.dim() > 1]
     if settings.adopt and not all(map(settled, matrices)):
+        _refuse_whole_model(recipe)
         live = Live.sweep()
         settle_copies(matrices, live)
         inline_regions(gm)
@@ -119,6 +120,18 @@ def lrcompile(
     if set(options or {}) - {f.name for f in fields(Settings)}:
         _warn_of_another_recipe(matrices, recipe)
     return compile_program(graph, settings, recipe, mode)
+
+
+def _refuse_whole_model(recipe: Recipe) -> None:
+    """What takes the whole model, or data, is not done at the first call: the backend sees a graph and its arguments."""
+    asked = [name for name in ("weights", "factors", "trainable") if getattr(recipe, name) is not None]
+    asked += [f"init={recipe.init!r}"] * (recipe.init in CALIBRATED)
+    asked += [f"allocation={recipe.allocation!r}"] * (recipe.allocation == "importance")
+    if asked:
+        raise RecipeError(
+            f"{', '.join(asked)}: at its first call the backend makes plain pairs; call lrcompile.adopt(model, recipe, "
+            "example_inputs) before torch.compile, which then finds the model adopted"
+        )
 
 
 def _warn_of_another_recipe(parameters: Sequence[nn.Parameter], recipe: Recipe) -> None:

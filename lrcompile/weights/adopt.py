@@ -2,61 +2,74 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from lrcompile.errors import AdoptError, PlanError
+from lrcompile.errors import AdoptError, PlanError, RecipeError
 from lrcompile.graph.capture import Inputs
 from lrcompile.graph.names import plain_name
 from lrcompile.live import Live
-from lrcompile.recipe import Recipe
-from lrcompile.weights.layers import PairedModule, read_extra_state
+from lrcompile.passes import Weight
+from lrcompile.recipe import CALIBRATED, Recipe
+from lrcompile.weights.formats import format_of
+from lrcompile.weights.layers import AdoptedModule, read_extra_state
+from lrcompile.weights.make import Maker, computed, empty_leaves
 from lrcompile.weights.plan import Entry, Plan
 from lrcompile.weights.planner import plan, refuse_adopted
 from lrcompile.weights.replace import (
     Change,
-    Factor,
-    Pair,
+    Made,
     carry_out,
     dissolve,
-    empty_pair,
-    factored,
     refuse,
     settle,
+    settled_by,
     tell,
     unsettle,
     warn_of_lists,
 )
 
+log = logging.getLogger("lrcompile")
+
 M = TypeVar("M", bound=nn.Module)
 
 
-def adopt(model: M, plan_or_recipe: Plan | Recipe, example_inputs: Inputs | None = None) -> M:
-    """Replace the planned weights by pairs, in place. Do it before the optimizer, DDP and `fully_shard`.
+def adopt(
+    model: M,
+    plan_or_recipe: Plan | Recipe,
+    example_inputs: Inputs | None = None,
+    *,
+    calibration: Iterable[Inputs] | None = None,
+) -> M:
+    """Replace the planned weights by pairs or frozen bases, in place. Do it before the optimizer, DDP and `fully_shard`.
 
-    The model stays ordinary PyTorch: the same module objects with leaves `weight_a` (rank, in_features) and
-    `weight_b` (out_features, rank), of the dtype, device and requires_grad of the weight they replace. The
-    factors are a truncated SVD of the present weights, computed one weight at a time: peak memory is the model plus one
-    weight. On the `meta` device the shapes are made and nothing is computed. An optimizer built earlier follows, if it
-    has not stepped.
+    The model stays ordinary PyTorch: the same module objects with leaves in the weight's place (`weight_a` (rank,
+    in_features), `weight_b` (out_features, rank), a frozen `weight_base`; see form.py), of the device and requires_grad of
+    the weight they replace. The numbers are computed from the present weights one at a time: peak memory is the model plus
+    one weight. On the `meta` device the shapes are made and nothing is computed. An optimizer built earlier follows, if it
+    has not stepped. Where the recipe says what is trained (`trainable`), everything else is frozen.
 
     Args:
         model: not adopted, not wrapped.
         plan_or_recipe: a Plan of this model, or a Recipe to plan by.
         example_inputs: as for `plan`; only with a Recipe.
+        calibration: batches, each as example_inputs, for the starts that look at data ("data", "qera"): the model is run on
+            each of them once, and the second moments of its linears' inputs are kept, in_features² numbers each.
 
     Returns:
         the same model.
 
     Raises:
-        PlanError: the Plan belongs to another model (the first difference is named).
-        AdoptError: adopted already, sharded or wrapped already, NaN or Inf in a weight, a gradient hook on it, an
-            optimizer that has stepped with it (each named).
+        PlanError: the Plan belongs to another model (the first difference is named), a format can't hold a weight.
+        RecipeError: a data-aware start without calibration.
+        AdoptError: adopted already, sharded or wrapped already, NaN or Inf in a weight or in calibration data, a gradient hook,
+            an optimizer that has stepped with it, a trained weight that would be frozen (each named).
     """
     start = time.perf_counter()
     if isinstance(plan_or_recipe, Recipe):
@@ -64,44 +77,104 @@ def adopt(model: M, plan_or_recipe: Plan | Recipe, example_inputs: Inputs | None
             raise AdoptError(
                 "adopting by a Recipe needs example inputs: lrcompile.adopt(model, recipe, example_inputs)"
             )
+        refuse_adopted(model)
         refuse_wrapped(model)
-        the_plan = plan(model, example_inputs, plan_or_recipe)
+        _check_calibration(plan_or_recipe.start, calibration)
+        needed = plan_or_recipe.start in CALIBRATED
+        the_plan = None if needed else plan(model, example_inputs, plan_or_recipe)
     elif isinstance(plan_or_recipe, Plan):
         if example_inputs is not None:
             raise AdoptError("example inputs go with a Recipe; a Plan has its decisions already")
         the_plan = plan_or_recipe
+        inits = [e.init for e in the_plan.adopted if e.rank is not None and e.init in CALIBRATED]
+        _check_calibration(inits[0] if inits else "svd", calibration)
+        needed = bool(inits)
+        refuse_adopted(model)
+        refuse_wrapped(model)
+        the_plan.check(model)
     else:
         raise AdoptError(f"adopt takes a Plan or a Recipe, got {type(plan_or_recipe).__name__}")
-    refuse_adopted(model)
-    refuse_wrapped(model)
-    the_plan.check(model)
-    pairs = write_plan(model, the_plan, factored(str(the_plan.recipe.get("svd", "auto"))))
-    tell(the_plan.entries, [pair.entry for pair in pairs], the_plan.parameters, time.perf_counter() - start)
+    moments: Mapping[str, torch.Tensor] = {}
+    if needed and calibration is not None:
+        from lrcompile.graph.calibrate import covariances
+
+        moments = covariances(model, calibration)
+    if the_plan is None:
+        assert isinstance(plan_or_recipe, Recipe) and example_inputs is not None
+        the_plan = plan(model, example_inputs, plan_or_recipe, covariances=moments)
+    made = write_plan(model, the_plan, computed(the_plan.recipe, moments))
+    tell(the_plan.entries, [m.entry for m in made], the_plan.parameters, time.perf_counter() - start)
     return model
 
 
-def write_plan(model: nn.Module, the_plan: Plan, factor: Factor, *, computes: bool = True) -> list[Pair]:
-    """Install every pair of a Plan, each in all the modules that share its weight.
+def _check_calibration(init: str, calibration: object) -> None:
+    if init in CALIBRATED and calibration is None:
+        raise RecipeError(
+            f"init={init!r} looks at data: lrcompile.adopt(model, recipe, example_inputs, calibration=batches), each batch as "
+            "example_inputs"
+        )
+    if init not in CALIBRATED and calibration is not None:
+        raise RecipeError(f"init={init!r} looks at no data: leave calibration out, or choose from {', '.join(CALIBRATED)}")
+
+
+def write_plan(model: nn.Module, the_plan: Plan, make: Maker, *, computes: bool = True) -> list[Made]:
+    """Install what a Plan says of every weight, each in all the modules that share it; freeze what it says is not trained.
 
     Everything that can be wrong with a model is found before the first weight is touched.
     """
-    return _install(model, _changes(model, the_plan), factor, computes, the_plan.recipe)
+    trainable = the_plan.recipe.get("trainable")
+    if trainable is not None:
+        check_trainable(model, trainable)
+    made = _install(model, _changes(model, the_plan), make, computes, the_plan.recipe)
+    if trainable is not None:
+        freeze(model, trainable)
+    return made
+
+
+def check_trainable(model: nn.Module, globs: Sequence[str]) -> None:
+    """Raise PlanError for a glob that matches no parameter of the model, nor a module that holds one."""
+    names = tuple(plain_name(n) for n, _ in model.named_parameters(remove_duplicate=False))
+    everything = Weight(names, (1, 1), torch.float32)
+    for glob in globs:
+        if not everything.matches(glob):
+            raise PlanError(f"trainable={glob!r} matches no parameter, and no module that holds one")
+
+
+def freeze(model: nn.Module, trainable: Sequence[str]) -> None:
+    """Leave gradients to the pairs, and to parameters that match a glob by name, or by a module that holds them."""
+    pairs = {
+        id(leaf)
+        for module in model.modules()
+        if isinstance(module, AdoptedModule)
+        for name, form in module.lr_forms
+        for suffix, leaf in module.lr_parts(name).items()
+        if form.leaves[suffix].pair
+    }
+    packed = {
+        id(getattr(module, leaf)) for module in model.modules() if isinstance(module, AdoptedModule) for leaf in module.lr_leaves
+    } - pairs
+    named: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        named.setdefault(id(p), []).append(plain_name(name))
+    for p in model.parameters():
+        wanted = any(Weight(tuple(named[id(p)]), (1, 1), p.dtype).matches(glob) for glob in trainable)
+        p.requires_grad_(id(p) in pairs or (wanted and id(p) not in packed))
 
 
 def _changes(model: nn.Module, the_plan: Plan) -> list[Change]:
     parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
-    return [Change(entry, parameters[entry.key]) for entry in the_plan.pairs]
+    return [Change(entry, parameters[entry.key]) for entry in the_plan.adopted]
 
 
 def _install(
-    model: nn.Module, changes: Sequence[Change], factor: Factor, computes: bool, recipe: dict[str, Any]
-) -> list[Pair]:
+    model: nn.Module, changes: Sequence[Change], make: Maker, computes: bool, recipe: dict[str, Any]
+) -> list[Made]:
     live = Live.sweep(model)
-    refuse(changes, live, computes=computes)
-    pairs = carry_out(changes, live, factor, recipe)
+    refuse(changes, live, computes=computes, frozen=not computes or recipe.get("trainable") is not None)
+    made = carry_out(changes, live, make, recipe)
     settle(model.parameters(), recipe)
-    warn_of_lists(pairs, live)
-    return pairs
+    warn_of_lists(made, live)
+    return made
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -129,30 +202,35 @@ def plan_of(model: nn.Module) -> Plan:
     shapes: dict[str, tuple[int, ...]] = {}
     size: dict[str, int] = {}
     names: dict[int, list[str]] = {}
+    recipe: dict[str, Any] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
-        paired = module.lr_pairs if isinstance(module, PairedModule) else {}
-        for name, p in module._parameters.items():
-            stem = name[:-2] if name[:-2] in paired and name[-2:] in ("_a", "_b") else name
-            full = plain_name(f"{module_name}.{stem}" if module_name else stem)
+        adopted = isinstance(module, AdoptedModule)
+        leaves: dict[str, str] = module.lr_leaves if adopted else {}  # type: ignore[assignment,union-attr]
+        for leaf, p in module._parameters.items():
+            name = leaves.get(leaf, leaf)
+            full = plain_name(f"{module_name}.{name}" if module_name else name)
             if p is None or full in shapes:
                 continue
-            told = (
-                Entry(**{**paired[stem], "names": (), "shape": tuple(paired[stem]["shape"])})
-                if stem in paired
-                else None
-            )
+            told = _entry(module.lr_told[name], ()) if leaf in leaves else None  # type: ignore[index]
+            recipe = recipe or settled_by(p) or {}
             shapes[full] = told.shape if told else tuple(p.shape)
-            size[full] = p.element_size()
+            size[full] = getattr(torch, told.dtype).itemsize if told else p.element_size()
             names.setdefault(id(p), []).append(full)
             if told:
                 entries.setdefault(id(p), told)
     found = [replace(e, names=tuple(names[key])) for key, e in entries.items()]
     tied = [tuple(group) for group in names.values() if len(group) > 1]
-    return Plan(found, shapes, tied, size)
+    return Plan(found, shapes, tied, size, recipe)
+
+
+def _entry(told: Mapping[str, Any], names: Sequence[str]) -> Entry:
+    return Entry(**{**told, "names": tuple(names), "shape": tuple(told["shape"])})
 
 
 def adopt_like(model: M, state_dict: dict[str, Any]) -> M:
-    """Give a model the pairs that a saved state has, so that `load_state_dict` fits. Nothing is computed.
+    """Give a model the leaves that a saved state has, so that `load_state_dict` fits. Nothing is computed.
+
+    What is frozen stays with the model: bases always, other parameters as they are.
 
     Args:
         model: the untouched model the script builds, also inside torch.compile's or DDP's wrapper.
@@ -188,15 +266,15 @@ def adopt_like(model: M, state_dict: dict[str, Any]) -> M:
         place = places.get(full) or places.get(full.removeprefix("module."))
         if place is None:
             raise PlanError(
-                f"the state's Plan belongs to another model: it factors {full!r}, this model has no such parameter"
+                f"the state's Plan belongs to another model: it adopts {full!r}, this model has no such parameter"
             )
         weight = place[0]._parameters[place[1]]
-        entry = Entry(**{**told, "names": tuple(told["names"]), "shape": tuple(told["shape"])})
+        entry = _entry(told, told["names"])
         if weight is None or tuple(weight.shape) != entry.shape:
             here = None if weight is None else tuple(weight.shape)
             raise PlanError(f"the state's Plan belongs to another model: {full!r} is {entry.shape} there, {here} here")
         todo.setdefault(id(weight), Change(entry, weight))
-    _install(model, list(todo.values()), empty_pair, computes=False, recipe={})
+    _install(model, list(todo.values()), empty_leaves, computes=False, recipe={})
     return model
 
 
@@ -204,21 +282,40 @@ def _holds_tensors(key: object, item: Mapping[Any, Any]) -> bool:
     return not str(key).endswith("_extra_state") and any(isinstance(x, torch.Tensor) for x in item.values())
 
 
-def merge(model: M) -> M:
+def merge(model: M, *, weights: str | None = None) -> M:
     """Back to dense modules, in place: every weight becomes the product that it read, its class the one it had.
 
     An optimizer that held a pair holds the merged weight afterwards; state that it had for the pair is dropped, with a
     warning, and so are gradients of the pair.
 
+    Args:
+        model: adopted.
+        weights: number format to quantise the merged weights: the model then has bases alone, without pairs. The error of
+            quantising is logged; `lrcompile.weights.adopt.plan_of(model)` tells it weight by weight.
+
     Raises:
-        AdoptError: nothing of the model is adopted, or its leaves are sharded.
+        RecipeError: no such format.
+        AdoptError: nothing of the model is adopted (or, with `weights`, has a pair), or its leaves are sharded.
     """
-    adopted: list[Any] = [m for m in model.modules() if isinstance(m, PairedModule)]
+    adopted: list[Any] = [m for m in model.modules() if isinstance(m, AdoptedModule)]
     if not adopted:
-        raise AdoptError("the model is not adopted; there is nothing to merge")
+        raise AdoptError("the model is not adopted, or merged already; there is nothing to merge")
+    if weights is not None:
+        format_of(weights)
+        adopted = [m for m in adopted if any(form.rank is not None for _, form in m.lr_forms)]
+        if not adopted:
+            raise AdoptError("no weight of the model has a pair, or all are merged already; there is nothing to requantise")
     for full, p in model.named_parameters():
         if _is_sharded(p):
             raise AdoptError(f"{full} is a DTensor (sharded); load its full state into an unsharded model, merge that")
-    dissolve(adopted, Live.sweep(model))
+    made = dissolve(adopted, Live.sweep(model), weights)
     unsettle(model.parameters())
+    if made:
+        settle(model.parameters(), {})
+        worst = max(made, key=lambda e: e.error or 0.0)
+        mean = sum(e.error or 0.0 for e in made) / len(made)
+        log.info(
+            f"merged {len(made)} weights into {weights}: mean relative error of quantising {mean:.3g}, at most "
+            f"{worst.error:.3g} ({worst.key})"
+        )
     return model

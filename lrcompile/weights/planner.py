@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,18 +14,26 @@ from lrcompile.graph.names import plain_name
 from lrcompile.graph.pipeline import bind_weights, run_passes
 from lrcompile.passes import PassContext, Weight, pass_list
 from lrcompile.recipe import Recipe, as_recipe
+from lrcompile.weights.initialise import spectrum
 from lrcompile.weights.layers import AdoptedModule
 from lrcompile.weights.plan import Entry, Plan, describe
 from lrcompile.words import fold
 
 
-def plan(model: nn.Module, example_inputs: Inputs, recipe: Recipe | None = None) -> Plan:
+def plan(
+    model: nn.Module,
+    example_inputs: Inputs,
+    recipe: Recipe | None = None,
+    *,
+    covariances: Mapping[str, torch.Tensor] | None = None,
+) -> Plan:
     """What would become of the model's weights. Touches nothing; works on the `meta` device.
 
     Args:
         model: not adopted yet.
         example_inputs: a tuple of positional arguments or a dict of keyword arguments, as the model is called.
         recipe: what is asked for; `Recipe()` where left out.
+        covariances: from `lrcompile.graph.calibrate`, for sharing ranks by what matters for those inputs.
 
     Raises:
         RecipeError: no Recipe where one belongs.
@@ -36,12 +44,14 @@ def plan(model: nn.Module, example_inputs: Inputs, recipe: Recipe | None = None)
     recipe = as_recipe(recipe, example_inputs)
     refuse_adopted(model)
     captured = capture(model, example_inputs)
-    ctx = context_for(model, captured, recipe)
+    ctx = context_for(model, captured, recipe, covariances)
     run_passes(captured, pass_list(recipe, weights=True, program=False, rewrites=False), ctx)
     return plan_from(model, ctx, captured)
 
 
-def context_for(model: nn.Module, captured: Capture, recipe: Recipe) -> PassContext:
+def context_for(
+    model: nn.Module, captured: Capture, recipe: Recipe, covariances: Mapping[str, torch.Tensor] | None = None
+) -> PassContext:
     """The context of the weight passes over a whole model.
 
     Raises:
@@ -52,6 +62,15 @@ def context_for(model: nn.Module, captured: Capture, recipe: Recipe) -> PassCont
     ctx = PassContext(recipe, device=device)
     bind_weights(captured.graphs, captured.names, ctx)
     seen = {id(p) for g in captured.graphs for p in g.parameters().values() if p.dim() >= 2}
+    named = {plain_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    if not any(p.is_meta for p in named.values()):
+
+        def energies(key: str) -> torch.Tensor:
+            matrix = named[key].detach()
+            matrix = matrix.T if ctx.weights[key].stored_in_out else matrix
+            return spectrum(matrix, (covariances or {}).get(key))
+
+        ctx.energies = energies
     ctx.other_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in seen)
     return ctx
 

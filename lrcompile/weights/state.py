@@ -24,10 +24,10 @@ from torch import nn
 from lrcompile.errors import PlanError, StateError
 from lrcompile.graph.names import plain_name
 from lrcompile.weights.adopt import plan_of, refuse_wrapped, write_plan
-from lrcompile.weights.layers import PairedModule, dense_weight
+from lrcompile.weights.layers import AdoptedModule, dense_weight
+from lrcompile.weights.make import empty_leaves
 from lrcompile.weights.plan import Plan
 from lrcompile.weights.planner import refuse_adopted
-from lrcompile.weights.replace import empty_pair
 
 log = logging.getLogger("lrcompile")
 M = TypeVar("M", bound=nn.Module)
@@ -38,32 +38,33 @@ WEIGHTS, INDEX = "model.safetensors", "lrcompile.json"
 def original_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
     """The state dict with the dense keys and shapes back, in their order: loadable into the untouched model.
 
-    Every pair becomes the product weight_b @ weight_a in its dtype. Shared weights are one tensor under all names.
+    Every adopted weight is what it reads as, such as weight_b @ weight_a, in its dtype. Shared weights are one tensor under all names.
     """
     model = _unwrapped(model)
-    pairs: dict[str, tuple[Any, str]] = {}
+    leaves: dict[str, tuple[AdoptedModule, str, str]] = {}  # every leaf's key -> module, parameter, the parameter's key
     own: set[str] = set()
     for module_name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, PairedModule):
-            for name, _ in module.lr_names:
-                pairs[f"{module_name}.{name}" if module_name else name] = (module, name)
-            own.add(f"{module_name}._extra_state" if module_name else "_extra_state")
+        if isinstance(module, AdoptedModule):
+            prefix = f"{module_name}." if module_name else ""
+            leaves |= {prefix + leaf: (module, name, prefix + name) for leaf, name in module.lr_leaves.items()}
+            own.add(f"{prefix}_extra_state")
     products: dict[int, torch.Tensor] = {}
     dense: OrderedDict[str, Any] = OrderedDict()
     state = model.state_dict()
     dense._metadata = getattr(state, "_metadata", None)  # type: ignore[attr-defined]  # the modules' versions
     for key, item in state.items():
-        stem, side = key[:-2], key[-2:]
         if key in own:
             if isinstance(item, dict):
                 dense[key] = item["base"]
-        elif stem in pairs and side == "_a":
-            module, name = pairs[stem]
-            leaf = id(module._parameters[f"{name}_a"])
-            if leaf not in products:
-                products[leaf] = dense_weight(module, name)
-            dense[stem] = products[leaf]
-        elif not (stem in pairs and side == "_b"):
+        elif key in leaves:
+            module, name, full = leaves[key]
+            if full in dense:  # the first of its leaves stood for it
+                continue
+            first = id(next(iter(module.lr_parts(name).values())))
+            if first not in products:
+                products[first] = dense_weight(module, name)  # type: ignore[arg-type]
+            dense[full] = products[first]
+        else:
             dense[key] = item
     return dense
 
@@ -79,7 +80,7 @@ def save(model: nn.Module, dir: str | os.PathLike[str]) -> None:
     """
     model = _unwrapped(model)
     the_plan = plan_of(model)
-    if not the_plan.pairs:
+    if not the_plan.adopted:
         raise StateError("the model is not adopted; save a dense model with safetensors or torch.save")
     target = Path(os.path.abspath(dir))  # "." has no name that a directory could be moved to
     _refuse_taken(target)
@@ -158,7 +159,7 @@ def load(dir: str | os.PathLike[str], model: M) -> M:
         raise StateError(f"{folder} is of another model: {str(error).split(': ', 1)[-1]}") from error
     _check_fit(folder, inner, the_plan, tensors)
     meta = any(p.is_meta for p in inner.parameters())
-    write_plan(inner, the_plan, empty_pair, computes=False)
+    write_plan(inner, the_plan, empty_leaves, computes=False)
     state = {key: tensors[plain_name(key)] for key in inner.state_dict()}
     inner.load_state_dict(state, strict=True, assign=meta)
     if meta:
@@ -187,13 +188,16 @@ def _refuse_taken(target: Path) -> None:
 
 def _check_fit(folder: Path, model: nn.Module, the_plan: Plan, tensors: dict[str, torch.Tensor]) -> None:
     """Refuse tensors that the model, once adopted, has no place for, or places that no tensor fills."""
-    ranks = {name: entry for entry in the_plan.pairs for name in entry.names}
+    forms = {name: entry.form for entry in the_plan.adopted for name in entry.names}
     expected: dict[str, tuple[int, ...]] = {}
     for key, item in model.state_dict().items():
-        name, entry = plain_name(key), ranks.get(plain_name(key))
-        if entry is not None and entry.rank is not None:
-            expected[f"{name}_a"] = (entry.rank, entry.in_features)
-            expected[f"{name}_b"] = (entry.out_features, entry.rank)
+        name, form = plain_name(key), forms.get(plain_name(key))
+        if form is not None:
+            expected |= {name + suffix: leaf.shape for suffix, leaf in form.leaves.items()}
+            for suffix, leaf in form.leaves.items():
+                held = tensors.get(name + suffix)
+                if held is not None and held.dtype.is_floating_point != leaf.dtype.is_floating_point:
+                    raise StateError(f"{folder} holds {name + suffix!r} as {held.dtype}, where {leaf.dtype} belongs")
         elif isinstance(item, torch.Tensor):
             expected[name] = tuple(item.shape)
     found = {name: tuple(t.shape) for name, t in tensors.items() if name.rpartition(".")[2] != "_extra_state"}
@@ -242,12 +246,13 @@ def _tie_again(model: nn.Module, the_plan: Plan) -> None:
         path, dot, leaf = name.rpartition(".")
         return owners[path + dot]._parameters, leaf
 
-    paired = {name for entry in the_plan.pairs for name in entry.names}
+    forms = {name: entry.form for entry in the_plan.adopted for name in entry.names}
     for group in the_plan.tied:
-        for side in ("_a", "_b") if group[0] in paired else ("",):
-            parameters, leaf = place(group[0] + side)
+        form = forms.get(group[0])
+        for suffix in form.leaves if form else ("",):
+            parameters, leaf = place(group[0] + suffix)
             for name in group[1:]:
-                others, other = place(name + side)
+                others, other = place(name + suffix)
                 others[other] = parameters[leaf]
 
 
