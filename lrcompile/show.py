@@ -51,22 +51,25 @@ def plan_table(plan: Plan, spectra: dict[str, torch.Tensor] | None = None, token
     """
     table = Table(title="Plan", **_PLAIN)
     table.add_column("weights", overflow="fold")
-    for name in ("shape", "rank", "numbers", "of model"):
+    unit, write = ("bytes", size) if plan.by_bytes else ("numbers", count)
+    for name in ("shape", "form" if plan.by_bytes else "rank", unit, "of model"):
         table.add_column(name, justify="right", no_wrap=True)
-    before, after = plan.parameters
+    before, after = plan.bytes if plan.by_bytes else plan.parameters
     seen = 0
     for group in plan.groups():
-        e, dense, now = group[0], sum(e.dense_numel for e in group), sum(e.numel for e in group)
+        e = group[0]
+        per = plan.bytes_per_number.get(e.key, 4) if plan.by_bytes else 1
+        dense, now = sum(e.dense_numel for e in group) * per, sum(e.nbytes if plan.by_bytes else e.numel for e in group)
         seen += dense
-        label = Text(group_name(group), style="" if e.rank else "dim")
-        if e.rank is None:
+        label = Text(group_name(group), style="" if e.form else "dim")
+        if e.form is None:
             label.append(f"\n{e.reason}", style="italic dim")
-        rank = Text(str(e.rank), style="bold green") if e.rank is not None else Text("dense", style="dim")
+        rank = Text(e.fate.removeprefix("rank "), style="bold green") if e.form else Text("dense", style="dim")
         shape = "x".join(map(str, e.shape)) + (f" ×{len(group)}" if len(group) > 1 else "")
-        table.add_row(label, shape, rank, _arrow(dense, now), f"{now / after:.1%}")
+        table.add_row(label, shape, rank, _arrow(dense, now, write), f"{now / after:.1%}")
     if before - seen > 0:
         rest = Text("norms, biases and all else", style="dim")
-        table.add_row(rest, "", "", count(before - seen), f"{(before - seen) / after:.1%}")
+        table.add_row(rest, "", "", write(before - seen), f"{(before - seen) / after:.1%}")
     parts: list[RenderableType] = [table, Text(""), _plan_totals(plan, tokens)]
     if asked := asked_note(plan):
         parts.append(Text(asked, style="yellow"))
@@ -83,12 +86,12 @@ def _arrow(before: float, after: float, write: Any = count) -> str:
 
 def asked_note(plan: Plan) -> str:
     """What was asked and what was got, where the two differ; "" where they don't."""
-    ranks = [e.rank for e in plan.pairs if e.rank is not None]
+    ranks = [e.rank for e in plan.adopted if e.rank is not None]
     asked, got = "", ""
     if (compression := plan.recipe.get("compression")) is not None:
         asked, got = f"compression {compression:.2f}", f"{plan.compression:.2f}"
     elif (ratio := plan.recipe.get("rank_ratio")) is not None:
-        found = [e.rank / min(e.shape) for e in plan.pairs if e.rank is not None] or [ratio]
+        found = [e.rank / min(e.shape) for e in plan.adopted if e.rank is not None] or [ratio]
         low, high = f"{min(found):.3g}", f"{max(found):.3g}"
         asked, got = f"rank_ratio {ratio:.3g}", low if low == high else f"{low} to {high}"
     elif (budget := plan.recipe.get("budget_bytes")) is not None:
@@ -103,15 +106,18 @@ def asked_note(plan: Plan) -> str:
 
 
 def _plan_totals(plan: Plan, tokens: int | None) -> Table:
-    pairs, (before, after), stored = plan.pairs, plan.parameters, plan.bytes
+    pairs, (before, after), stored = plan.adopted, plan.parameters, plan.bytes
     factored = sum(e.dense_numel for e in pairs), sum(e.numel for e in pairs)
     flops = sum(2 * e.tokens * e.dense_numel for e in plan.entries), sum(e.flops for e in plan.entries)
     grid = Table.grid(padding=(0, 2))
-    grid.add_row(
-        "compression",
-        f"{plan.compression:.2f}x",
-        f"{len(pairs)} of {len(plan.entries)} weights become pairs: {_arrow(*factored)} numbers",
-    )
+    if plan.by_bytes:
+        now = sum(e.nbytes for e in pairs)
+        was = sum(e.dense_numel * plan.bytes_per_number.get(e.key, 4) for e in pairs)
+        told = f"{len(pairs)} of {len(plan.entries)} weights are adopted: {_arrow(was, now, size)}"
+        grid.add_row("compression", f"{plan.byte_compression:.2f}x", told)
+    else:
+        told = f"{len(pairs)} of {len(plan.entries)} weights become pairs: {_arrow(*factored)} numbers"
+        grid.add_row("compression", f"{plan.compression:.2f}x", told)
     grid.add_row("numbers", f"{before / after:.2f}x", f"{before:,} → {after:,} in the whole model")
     grid.add_row("bytes", f"{stored[0] / stored[1]:.2f}x", f"{size(stored[0])} → {size(stored[1])} as stored")
     per = "a token" if tokens else "the example inputs"
@@ -171,7 +177,7 @@ def spectra_table(plan: Plan, spectra: dict[str, torch.Tensor]) -> Table:
     table = Table(title="\nSingular values (linear; │ marks the rank)", **_PLAIN)
     for name in ("weight", "energy kept", "error"):
         table.add_column(name, justify="left" if name == "weight" else "right", overflow="fold")
-    for e in plan.pairs:
+    for e in plan.adopted:
         if e.key in spectra and e.rank is not None:
             kept = energy(spectra[e.key], e.rank)
             label = Text(e.key.removesuffix(".weight") + "\n").append_text(sparkline(spectra[e.key], e.rank))
@@ -272,14 +278,18 @@ def _legend(report: Report) -> Text:
 
 def errors_table(report: Report) -> Table:
     """Relative weight errors, repeated layers in one line."""
-    table = Table(title="\nRelative error of the weights, ‖W − BA‖ / ‖W‖", **_PLAIN)
-    for name in ("weights", "rank", "least", "mean", "most"):
+    bits = report.plan.by_bytes
+    title = "‖W − Ŵ‖ / ‖W‖" if bits else "‖W − BA‖ / ‖W‖"
+    table = Table(title=f"\nRelative error of the weights, {title}", **_PLAIN)
+    for name in ("weights", *(("form", "bytes") if bits else ("rank",)), "least", "mean", "most"):
         table.add_column(name, justify="left" if name == "weights" else "right", overflow="fold")
     for group in report.plan.groups():
         found = [report.errors[e.key] for e in group if e.key in report.errors]
         if found:
             low, mean, high = (f"{x:.4f}" for x in (min(found), sum(found) / len(found), max(found)))
-            table.add_row(group_name(group), str(group[0].rank), low, mean, high)
+            form = group[0].fate.removeprefix("rank ")
+            stored = [size(sum(e.nbytes for e in group))] * bits
+            table.add_row(group_name(group), form, *stored, low, mean, high)
     return table
 
 

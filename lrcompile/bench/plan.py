@@ -30,6 +30,6 @@ def run(*, quick: bool = False) -> None:
     table.add_row("build the model, seconds", f"{built - start:.1f}")
     table.add_row("plan, seconds", f"{done - built:.1f}")
     table.add_row("peak memory of the process, MiB", f"{peak:.0f}")
-    table.add_row("linear weights", f"{len(plan.pairs)} of {sum(bool(e.tokens) for e in plan.entries)} become pairs")
+    table.add_row("linear weights", f"{len(plan.adopted)} of {sum(bool(e.tokens) for e in plan.entries)} become pairs")
     table.add_row("parameters", f"{before:,} -> {after:,}")
     Console().print(table)

@@ -34,7 +34,7 @@ def run(*, quick: bool = False) -> None:
     ours = GPT(shape).to(**place)
     plan = lrcompile.plan(ours, (ids, ids))
     lrcompile.adopt(ours, plan)
-    ranks = {e.key.removesuffix(".weight"): e.rank for e in plan.pairs}
+    ranks = {e.key.removesuffix(".weight"): e.rank for e in plan.adopted}
     hand = GPT(shape, lambda name, i, o: HandPair(i, o, ranks[name] or 1)).to(**place)
     _copy(ours, hand)
     backends = {"lrcompile": (ours, "lrcompile"), "by hand": (hand, "inductor")}

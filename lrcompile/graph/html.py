@@ -67,14 +67,16 @@ def page(report: Report) -> str:
 
 def _head(report: Report) -> str:
     plan = report.plan
-    told = f"{len(plan.pairs)} of {len(plan.entries)} weights become pairs, asked for by <code>{escape(report.recipe.dial)}</code>."
+    told = f"{len(plan.adopted)} of {len(plan.entries)} weights are adopted, asked for by <code>{escape(report.recipe.dial)}</code>."
     return f"<h1>What lrcompile does to this model</h1>\n<p>{told}</p>"
 
 
 def _tiles(report: Report) -> str:
     first, last = report.stages[0], report.stages[-1]
     tiles = [
-        ("weights that become pairs", f"{report.plan.compression:.2f}×", "fewer numbers in them"),
+        ("weights that are adopted", f"{report.plan.byte_compression:.2f}×", "fewer bytes in them")
+        if report.plan.by_bytes
+        else ("weights that become pairs", f"{report.plan.compression:.2f}×", "fewer numbers in them"),
         (
             "parameters",
             _ratio(first.model_parameters, last.model_parameters),

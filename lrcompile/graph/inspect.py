@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lrcompile.cost import Device, device_named
 from lrcompile.errors import PassError, RecipeError
+from lrcompile.graph.calibrate import covariances
 from lrcompile.graph.capture import Inputs, capture
 from lrcompile.graph.pipeline import Snapshot, run_passes
 from lrcompile.graph.stage import Stage, World
 from lrcompile.kernels import launch
 from lrcompile.passes import KERNELS, pass_list
 from lrcompile.recipe import Recipe, as_recipe
-from lrcompile.weights.adopt import plan_of
+from lrcompile.weights.adopt import check_calibration, plan_of
 from lrcompile.weights.factor import singular_values
-from lrcompile.weights.layers import PairedModule
+from lrcompile.weights.layers import AdoptedModule
 from lrcompile.weights.plan import Entry, Plan
 from lrcompile.weights.planner import context_for, plan_from
 
@@ -34,6 +35,7 @@ def inspect(
     verify: bool = False,
     target: str | None = None,
     kernels: str = "auto",
+    calibration: Iterable[Inputs] | None = None,
 ) -> Report:
     """Run every pass over copies of the model's graphs and say what each did. Touches nothing; works on `meta`.
 
@@ -45,10 +47,11 @@ def inspect(
         example_inputs: a tuple of positional arguments or a dict of keyword arguments, as the model is called.
         recipe: what is asked for; `Recipe()` where left out.
         verify: run the graphs before and after every exact pass, and compare outputs and gradients. The passes after
-            `factorize` are checked on the truncated SVD of the weights.
+            `quantize` are checked on the leaves as they would start.
         target: a GPU of the cost table ("H100"), to show what would compute the pairs there, and how fast; left out, the
             device that the model is on.
         kernels: as the backend's option: "auto", "triton" or "inductor".
+        calibration: as for `adopt`, where the recipe's start looks at data.
 
     Returns:
         a Report: print it, look at `report["factorize"].diff()`, write `report.to_html(path)`.
@@ -64,16 +67,27 @@ def inspect(
     numberless = any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters())
     if verify and numberless:
         raise PassError("verify=True runs the graphs, and this model has no numbers (meta device); leave verify out")
-    adopted = any(isinstance(m, PairedModule) for m in model.modules())
+    adopted = any(isinstance(m, AdoptedModule) for m in model.modules())
+    moments = _moments(model, recipe, calibration, adopted or numberless)
     captured = capture(model, example_inputs)
-    ctx = context_for(model, captured, recipe)
+    ctx = context_for(model, captured, recipe, moments)
     ctx.kernels = kernels
     ctx.target = device_named(target) if target else _present(model)
-    world = World(model, captured, ctx, not numberless)
+    world = World(model, captured, ctx, not numberless, moments)
     passes = pass_list(recipe, weights=not adopted)
     stages = run_passes(captured, passes, ctx, snapshots=True, verify=verify, values=world.values)
     plan = plan_of(model) if adopted else plan_from(model, ctx, captured)
     return Report(recipe, plan, captured.breaks, world, stages)
+
+
+def _moments(
+    model: nn.Module, recipe: Recipe, calibration: Iterable[Inputs] | None, idle: bool
+) -> Mapping[str, torch.Tensor]:
+    """What the recipe's start needs of data; nothing for an adopted model or one without numbers."""
+    if idle:
+        return {}
+    check_calibration(recipe.start, calibration)
+    return covariances(model, calibration) if calibration is not None else {}
 
 
 def _present(model: nn.Module) -> Device | None:
@@ -117,14 +131,15 @@ class Report:
 
     @cached_property
     def errors(self) -> dict[str, float]:
-        """Weight -> ‖W - weight_b @ weight_a‖ / ‖W‖ of its pair; empty on the meta device, where there is no W."""
+        """Weight -> ‖W - Ŵ‖ / ‖W‖ of what stands in its place; empty on the meta device, where there is no W."""
         if not self.measurable:
             return {}
-        told = {e.key: e.error for e in self.plan.pairs if e.error is not None}  # an adopted model remembers
-        return {e.key: told[e.key] if e.key in told else self._world.pair(e.key).error for e in self._planned()}
+        told = {e.key: e.error for e in self.plan.adopted if e.error is not None}  # an adopted model remembers
+        found = {e.key: told[e.key] if e.key in told else self._world.made(e.key)[1] for e in self._planned()}
+        return {key: error for key, error in found.items() if error is not None}
 
     def _planned(self) -> list[Entry]:
-        return [e for e in self.plan.pairs if e.error is not None or e.key in self._world.ctx.weights]
+        return [e for e in self.plan.adopted if e.error is not None or e.key in self._world.ctx.weights]
 
     def spectrum(self, key: str) -> torch.Tensor:
         """All singular values of a weight, largest first, (min(out, in),) in float64.

@@ -46,6 +46,24 @@ def _lowrank_group(x: Any, a: Any, b: Any, *args: Any, out_shape: Any = None, **
     return sum(_lowrank_linear(x, *pair) for pair in zip(a, b, strict=True))
 
 
+def _quant_linear(x: Any, packed: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * math.prod(x) * out_shape[-1]
+
+
+def _quant_lowrank(x: Any, packed: Any, layout: Any, group: Any, a: Any, *args: Any, out_shape: Any = None, **kw: Any) -> int:
+    return _quant_linear(x, packed, out_shape=out_shape) + 2 * math.prod(x[:-1]) * a[0] * (a[1] + out_shape[-1])
+
+
+def _lowrank_quant(x: Any, a: Any, layout: Any, group: Any, b: Any, *args: Any, out_shape: Any = None, **kw: Any) -> int:
+    codes = math.prod(a[0]) * (2 if layout in ("nf4", "fp4", "int4") else 1)
+    rank = codes // x[-1]
+    return 2 * math.prod(x[:-1]) * rank * (x[-1] + out_shape[-1])
+
+
+def _compose(base: Any, layout: Any, group: Any, columns: Any, dtype: Any, a: Any, *args: Any, out_shape: Any = None, **kw: Any) -> int:
+    return 0 if a is None else 2 * math.prod(out_shape) * a[0]
+
+
 # What torch's counter doesn't know: the fused attention of the CPU, and our operators.
 _MORE_FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
@@ -53,6 +71,10 @@ _MORE_FORMULAS = {
     torch.ops.lrcompile.lowrank_linear_keep: _lowrank_linear,
     torch.ops.lrcompile.lowrank_epilogue: _lowrank_linear,
     torch.ops.lrcompile.lowrank_group: _lowrank_group,
+    torch.ops.lrcompile.quant_linear: _quant_linear,
+    torch.ops.lrcompile.quant_lowrank_linear: _quant_lowrank,
+    torch.ops.lrcompile.lowrank_quant_linear: _lowrank_quant,
+    torch.ops.lrcompile.compose: _compose,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,14 +16,23 @@ from lrcompile.graph.capture import Capture, CapturedGraph
 from lrcompile.graph.names import plain_name
 from lrcompile.graph.pipeline import Snapshot
 from lrcompile.passes import PassContext
-from lrcompile.weights.factor import Pair, svd_pair
+from lrcompile.passes.chains import value
+from lrcompile.weights.make import computed
+from lrcompile.weights.planner import entry_of
 
 
 class World:
-    """What the stages are measured with: the inputs of the graphs, the model's parameters, the pairs (computed once)."""
+    """What the stages are measured with: the inputs of the graphs, the model's parameters, the leaves (computed once)."""
 
-    def __init__(self, model: nn.Module, captured: Capture, ctx: PassContext, measurable: bool) -> None:
-        self.ctx, self.measurable = ctx, measurable
+    def __init__(
+        self,
+        model: nn.Module,
+        captured: Capture,
+        ctx: PassContext,
+        measurable: bool,
+        covariances: Mapping[str, torch.Tensor],
+    ) -> None:
+        self.ctx, self.measurable, self._make = ctx, measurable, computed(ctx.recipe.to_dict(), covariances)
         named = list(model.named_parameters(remove_duplicate=False))
         self.parameters = {plain_name(name): p for name, p in named}
         called = {id(t): plain_name(name) for name, t in reversed([*model.named_buffers(), *named])}
@@ -30,15 +40,15 @@ class World:
         self.given = [dict(zip([n.name for n in g.placeholders], g.inputs, strict=True)) for g in captured.graphs]
         self.called = [{name: called[id(x)] for name, x in given.items() if id(x) in called} for given in self.given]
         self.position = {id(g): i for i, g in enumerate(captured.graphs)}
-        self._pairs: dict[str, Pair] = {}
+        self._made: dict[str, tuple[dict[str, torch.Tensor], float | None]] = {}
 
-    def pair(self, key: str) -> Pair:
-        """The pair of a weight: its truncated SVD."""
-        if key not in self._pairs:
-            weight = self.ctx.weights[key]
-            assert weight.rank is not None
-            self._pairs[key] = svd_pair(self.matrix(key), weight.rank, self.ctx.recipe.svd, key)
-        return self._pairs[key]
+    def made(self, key: str) -> tuple[dict[str, torch.Tensor], float | None]:
+        """The leaves of a weight by suffix, and its relative error."""
+        if key not in self._made:
+            entry = entry_of(self.ctx.weights[key], self.ctx.recipe)
+            with torch.no_grad():
+                self._made[key] = self._make(self.parameters[key], entry)
+        return self._made[key]
 
     def matrix(self, key: str) -> torch.Tensor:
         """A weight as (out_features, in_features)."""
@@ -56,10 +66,10 @@ class World:
             if node.name in self.given[index]:
                 out.append(self.given[index][node.name])
             elif "lr_leaf" in node.meta:
-                key, side = node.meta["lr_leaf"]
-                pair = self.pair(key)
+                key, suffix = node.meta["lr_leaf"]
+                leaf = self.made(key)[0][suffix]
                 # A parameter, as in the adopted model: what counts as one mustn't depend on the stage.
-                out.append(nn.Parameter(pair.weight_a if side == "a" else pair.weight_b))
+                out.append(nn.Parameter(leaf, requires_grad=value(node).requires_grad))
             else:
                 raise PassError(f"input {node.name!r} of the graph was added by a pass and has no value to run it with")
         return out
@@ -67,7 +77,7 @@ class World:
     def names(self, index: int, gm: fx.GraphModule) -> dict[str, str]:
         """Placeholder -> the model's name for it."""
         leaves = {n.name: n.meta["lr_leaf"] for n in gm.graph.find_nodes(op="placeholder") if "lr_leaf" in n.meta}
-        return self.called[index] | {name: f"{key}_{side}" for name, (key, side) in leaves.items()}
+        return self.called[index] | {name: key + suffix for name, (key, suffix) in leaves.items()}
 
 
 @dataclass

@@ -79,7 +79,7 @@ def adopt(
             )
         refuse_adopted(model)
         refuse_wrapped(model)
-        _check_calibration(plan_or_recipe.start, calibration)
+        check_calibration(plan_or_recipe.start, calibration)
         needed = plan_or_recipe.start in CALIBRATED
         the_plan = None if needed else plan(model, example_inputs, plan_or_recipe)
     elif isinstance(plan_or_recipe, Plan):
@@ -87,7 +87,7 @@ def adopt(
             raise AdoptError("example inputs go with a Recipe; a Plan has its decisions already")
         the_plan = plan_or_recipe
         inits = [e.init for e in the_plan.adopted if e.rank is not None and e.init in CALIBRATED]
-        _check_calibration(inits[0] if inits else "svd", calibration)
+        check_calibration(inits[0] if inits else "svd", calibration)
         needed = bool(inits)
         refuse_adopted(model)
         refuse_wrapped(model)
@@ -107,7 +107,8 @@ def adopt(
     return model
 
 
-def _check_calibration(init: str, calibration: object) -> None:
+def check_calibration(init: str, calibration: object) -> None:
+    """Raise RecipeError where a start needs data and there is none, or the other way round."""
     if init in CALIBRATED and calibration is None:
         raise RecipeError(
             f"init={init!r} looks at data: lrcompile.adopt(model, recipe, example_inputs, calibration=batches), each batch as "
