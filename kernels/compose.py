@@ -47,7 +47,9 @@ def reference(
     """
     wrong = "" if layout == DENSE else decode.misfit(base, layout, group, in_features)
     if wrong or not dtype.is_floating_point:
-        raise KernelError(f"compose: a {layout} base of {in_features} columns to {dtype}: {wrong or 'no floating type'}")
+        raise KernelError(
+            f"compose: a {layout} base of {in_features} columns to {dtype}: {wrong or 'no floating type'}"
+        )
     held = base[0].to(dtype) if layout == DENSE else decode.reference(base, layout, group, in_features, dtype)
     if weight_a is None or weight_b is None:
         return held.clone() if held is base[0] else held

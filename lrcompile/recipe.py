@@ -136,7 +136,9 @@ class Recipe:
         if self.weights and self.compression is not None:
             if self.weights == "dense" and self.compression == DEFAULT_COMPRESSION:
                 raise RecipeError('weights="dense" keeps every weight and adds a pair: say of what rank, as rank=16')
-            raise RecipeError("a base keeps every number, so there is no compression to ask for: set rank, or budget_bytes")
+            raise RecipeError(
+                "a base keeps every number, so there is no compression to ask for: set rank, or budget_bytes"
+            )
 
     def _check_pair(self) -> None:
         if self.init not in ("auto", *INITS):
@@ -152,10 +154,14 @@ class Recipe:
                 f"do; choose from {', '.join(BASE_INITS)}"
             )
         if self.weights == "dense" and self.init in ("loftq", "qera"):
-            raise RecipeError(f"init={self.init!r} mends what quantising loses, and weights=\"dense\" loses nothing")
+            raise RecipeError(f'init={self.init!r} mends what quantising loses, and weights="dense" loses nothing')
         if type(self.alternations) is not int or self.alternations < 1:
             raise RecipeError(f"alternations must be a whole number of 1 or more, got {self.alternations!r}")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < float("inf"):
+        if (
+            isinstance(self.alpha, bool)
+            or not isinstance(self.alpha, (int, float))
+            or not 0 < self.alpha < float("inf")
+        ):
             raise RecipeError(f"alpha must be a number above 0, got {self.alpha!r}")
         if self.pair_dtype is not None and self.pair_dtype not in PAIR_DTYPES:
             raise RecipeError(f"pair_dtype={self.pair_dtype!r} is not known; choose from {', '.join(PAIR_DTYPES)}")

@@ -28,7 +28,11 @@ def stand_in(gm: fx.GraphModule, ctx: PassContext, wanted: Callable[[Weight], bo
             continue
         made = {suffix: _leaf(gm, node, weight.key, suffix, leaf) for suffix, leaf in form.leaves.items()}
         leaves[node] = (form, made)
-        bits = "" if form.base is None else f", {8 * form.nbytes / (form.out_features * form.in_features):.2f} bits a weight"
+        bits = (
+            ""
+            if form.base is None
+            else f", {8 * form.nbytes / (form.out_features * form.in_features):.2f} bits a weight"
+        )
         result.changed.append(f"{weight.key}: {weight.out_features}x{weight.in_features} -> {form}{bits}")
     for scope in scopes(gm):
         for placeholder in list(scope.placeholders):

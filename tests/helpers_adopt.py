@@ -13,7 +13,7 @@ from torch import nn
 
 import lrcompile
 from lrcompile import Recipe, StateError
-from lrcompile.weights.layers import PairedModule
+from lrcompile.weights.layers import AdoptedModule
 
 WIDTH = 32
 TORCHS_MARK = {"_is_torch_compile"}  # torch.compile leaves it on a module
@@ -132,7 +132,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
 
 def same_function(model: nn.Module, *inputs: torch.Tensor, **kwargs: Any) -> None:
     twin = dense_twin(model)
-    assert not any(isinstance(m, PairedModule) for m in twin.modules())
+    assert not any(isinstance(m, AdoptedModule) for m in twin.modules())
     close(model(*inputs, **kwargs), twin(*inputs, **kwargs))
 
 

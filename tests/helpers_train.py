@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lrcompile.weights.layers import PairedModule
+from lrcompile.weights.layers import AdoptedModule
 
 VOCAB, WIDTH, BLOCKS = 50, 64, 3
 EAGER = {"inner": "eager"}
@@ -69,7 +69,7 @@ def train(model, optimizer, steps: int, ids: torch.Tensor, scheduler=None, accum
 
 
 def pairs(model: nn.Module) -> int:
-    return sum(isinstance(m, PairedModule) for m in model.modules())
+    return sum(isinstance(m, AdoptedModule) for m in model.modules())
 
 
 def held(optimizer: torch.optim.Optimizer) -> list[int]:

@@ -13,7 +13,7 @@ from torch import nn
 
 import lrcompile
 from lrcompile import AdoptError, PlanError, Recipe
-from lrcompile.weights.layers import PairedModule
+from lrcompile.weights.layers import AdoptedModule
 
 from .helpers_adopt import IDS, WIDTH, Albert, Mlp, X, adopted, close, dense_twin, same_function, snapshot
 
@@ -44,7 +44,7 @@ def test_shared_modules_and_weights_are_adopted_once() -> None:
     model = Albert()
     made = lrcompile.plan(model, IDS, Recipe(rank=4))
     shared = ("layers.0.up.weight", "layers.1.up.weight", "extra.weight")
-    assert next(e for e in made.pairs if e.key == shared[0]).names == shared
+    assert next(e for e in made.adopted if e.key == shared[0]).names == shared
     assert next(e for e in made.entries if "lm_head.weight" in e.names).reason == "tied to an embedding"
     lrcompile.adopt(model, made)
     assert model.layers[0] is model.layers[1]
@@ -246,7 +246,7 @@ def test_parametrized_modules_stay_dense_and_work() -> None:
         y = model.up(X[0] + 1)
         made = lrcompile.plan(model, X, Recipe(rank=4))
         lrcompile.adopt(model, made)
-        assert not isinstance(model.up, PairedModule) and model.down.weight_a.shape == (4, 48)
+        assert not isinstance(model.up, AdoptedModule) and model.down.weight_a.shape == (4, 48)
         dense = {e.key: e.reason for e in made.entries if e.rank is None}
         assert any(k.startswith("up.parametrizations") and why for k, why in dense.items()), dense
         assert torch.equal(model.up(X[0] + 1), y)

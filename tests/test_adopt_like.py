@@ -170,7 +170,7 @@ def test_merge_gives_the_dense_model_back() -> None:
     assert lrcompile.merge(model) is model
     assert type(model.up) is nn.Linear and type(model.down) is nn.Linear and list(model.state_dict()) == names
     assert model.up.weight.is_leaf and model.up.weight.requires_grad and model.up.weight.is_contiguous()
-    assert "rank" not in repr(model) and "lr_pairs" not in vars(model.up)
+    assert "rank" not in repr(model) and "lr_told" not in vars(model.up)
     close(model(x), y)
     with pytest.raises(AdoptError, match="nothing to merge"):
         lrcompile.merge(model)

@@ -13,7 +13,7 @@ from torch import nn
 
 import lrcompile
 from lrcompile.backend import parse_options
-from lrcompile.weights.layers import PairedModule
+from lrcompile.weights.layers import AdoptedModule
 
 from .helpers_train import AOT, BLOCKS, EAGER, WIDTH, Model, batch, check_followed, loss_of, pairs, train
 
@@ -113,7 +113,7 @@ def test_recipe_options_are_obeyed() -> None:
     torch.compile(model, backend="lrcompile", options={"rank": 5, "exclude": ["blocks.0.*", "*.down"], **EAGER})(
         batch()
     )
-    assert [n for n, m in model.named_modules() if isinstance(m, PairedModule)] == ["blocks.1.up", "blocks.2.up"]
+    assert [n for n, m in model.named_modules() if isinstance(m, AdoptedModule)] == ["blocks.1.up", "blocks.2.up"]
     assert model.blocks[1].up.weight_a.shape == (5, WIDTH)
 
 

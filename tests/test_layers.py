@@ -17,7 +17,7 @@ from torch import nn
 
 import lrcompile
 from lrcompile import Recipe
-from lrcompile.weights.layers import PairedModule
+from lrcompile.weights.layers import AdoptedModule
 
 from .helpers_adopt import IDS, WIDTH, Albert, Mlp, Raw, X, adopted, close, dense_twin, same_function
 
@@ -30,7 +30,7 @@ def test_a_linear_stays_the_same_object() -> None:
     assert lrcompile.adopt(model, Recipe(rank=WIDTH, require_saving=False), X) is model
     assert list(model.modules()) == modules
     up = model.up
-    assert isinstance(up, nn.Linear) and isinstance(up, PairedModule)
+    assert isinstance(up, nn.Linear) and isinstance(up, AdoptedModule)
     assert up.weight_a.shape == (WIDTH, WIDTH) and up.weight_b.shape == (48, WIDTH)
     assert up.weight.shape == (48, WIDTH) and up.weight.dtype == torch.float32 and up.weight.device.type == "cpu"
     close(up.weight, weight)  # full rank loses nothing

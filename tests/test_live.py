@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lrcompile
-from lrcompile.weights.layers import PairedModule
+from lrcompile.weights.layers import AdoptedModule
 
 from .helpers_train import BLOCKS, EAGER, WIDTH, Model, batch, pairs, train
 
@@ -136,7 +136,7 @@ class Residual(nn.Module):
 
 
 def low_rank(model: nn.Module) -> list[str]:
-    return [name for name, m in model.named_modules() if isinstance(m, PairedModule)]
+    return [name for name, m in model.named_modules() if isinstance(m, AdoptedModule)]
 
 
 @pytest.mark.parametrize("left", ["0", "1", "2"])

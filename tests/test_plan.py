@@ -66,7 +66,7 @@ def test_planning_touches_nothing(training: bool, mode: str) -> None:
     with around():
         made = lrcompile.plan(model, X)
     assert fingerprint_of(model) == before
-    assert {e.key for e in made.pairs} == {"up.weight", "down.weight"}
+    assert {e.key for e in made.adopted} == {"up.weight", "down.weight"}
 
 
 def test_planning_leaves_a_buffer_that_the_forward_replaces() -> None:
@@ -101,7 +101,7 @@ def test_the_dial_is_kept_and_told() -> None:
     assert before == sum(p.numel() for p in block(width=64, hidden=256).parameters())
     assert made.bytes == (4 * before, 4 * after)
     assert "2 of 2 weights become pairs" in str(made) and f"{before:,}" in str(made)
-    for entry in made.pairs:
+    for entry in made.adopted:
         name, shape = entry.key.removesuffix(".weight"), "x".join(map(str, entry.shape))
         assert f"{name} ({shape}): rank {entry.rank}" in str(made)
         assert entry.tokens == 4
@@ -268,7 +268,7 @@ def test_what_is_no_recipe_is_told_the_fix(function: Any, inputs: Any, recipe: A
 def test_everything_excluded_is_a_plan_of_nothing() -> None:
     model = block()
     made = lrcompile.plan(model, X, Recipe(exclude=("*",)))
-    assert made.pairs == [] and made.compression == 1 and made.parameters[0] == made.parameters[1]
+    assert made.adopted == [] and made.compression == 1 and made.parameters[0] == made.parameters[1]
     y = model.eval()(torch.ones(4, 32))
     assert torch.equal(lrcompile.adopt(model, made)(torch.ones(4, 32)), y)
 

@@ -322,7 +322,7 @@ def test_a_module_that_locks_its_attributes_is_adopted() -> None:
             self.__dict__["locked"] = True
 
         def __setattr__(self, name: str, value: object) -> None:
-            if self.__dict__.get("locked") and name in ("lr_pairs", "__class__"):
+            if self.__dict__.get("locked") and name in ("lr_told", "__class__"):
                 raise AttributeError("locked")
             super().__setattr__(name, value)
 

@@ -21,7 +21,7 @@ from torch import nn
 import lrcompile
 from lrcompile import Recipe, StateError
 from lrcompile.weights import state as state_module
-from lrcompile.weights.layers import PairedModule
+from lrcompile.weights.layers import AdoptedModule
 
 from .helpers_adopt import FILES, IDS, Shared, adopted_shared, refused_load
 
@@ -48,11 +48,11 @@ def copied(saved: Path, tmp_path: Path) -> Path:
 def test_the_saved_plan_is_whole(saved: Path) -> None:
     plan = lrcompile.Plan.from_json(json.loads((saved / "lrcompile.json").read_text())["plan"])
     plan.check(Shared())
-    assert {n for e in plan.pairs for n in e.names} == {
+    assert {n for e in plan.adopted for n in e.names} == {
         "attn.in_proj_weight", "attn.out_proj.weight", "up.weight", "side.weight", "down.weight", "again.weight",
     }  # fmt: skip
     model: Any = lrcompile.load(saved, Shared())
-    assert isinstance(model.up, PairedModule) and all(0 < e.error < 1 for e in plan.pairs if e.error is not None)
+    assert isinstance(model.up, AdoptedModule) and all(0 < e.error < 1 for e in plan.adopted if e.error is not None)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -14,6 +14,7 @@ from lrcompile.weights.plan import group_name
 from lrcompile.words import change, count, fold_lines, size
 
 if TYPE_CHECKING:
+    from lrcompile.weights.plan import Entry
     from lrcompile.graph.inspect import Report
     from lrcompile.graph.stage import Stage
 
@@ -156,21 +157,27 @@ def _table(head: Iterable[str], rows: Iterable[str], left: int) -> str:
 
 def _weights(report: Report) -> str:
     rows = []
-    errors = report.errors
+    errors, by_bytes = report.errors, report.plan.by_bytes
+
+    def bytes_of(e: Entry) -> int:
+        return e.dense_numel * report.plan.bytes_per_number.get(e.key, 4)
+
     for e in report.plan.entries:
-        rank = str(e.rank) if e.rank is not None else "dense"
+        form = e.fate.removeprefix("rank ")
         error = (
             f"{errors[e.key]:.4f}"
             if e.key in errors
             else ""
-            if e.rank is None or report.measurable
+            if e.form is None or report.measurable
             else "not measured (meta)"
         )
-        after = f"{e.numel:,}" if e.rank is not None else f'<span class="what">{escape(e.reason)}</span>'
-        cells = ("×".join(map(str, e.shape)), rank, f"{e.dense_numel:,}", after, error)
+        kept, before = (e.nbytes, bytes_of(e)) if by_bytes else (e.numel, e.dense_numel)
+        after = f"{kept:,}" if e.form else f'<span class="what">{escape(e.reason)}</span>'
+        cells = ("×".join(map(str, e.shape)), form, f"{before:,}", after, error)
         numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
         rows.append(f'<tr><td class="name">{escape(" = ".join(e.names))}</td>{numbers}</tr>')
-    table = _table(("weight", "shape", "rank", "numbers", "after", "‖W − BA‖ / ‖W‖"), rows, 1)
+    names = ("form", "bytes", "after", "‖W − Ŵ‖ / ‖W‖") if by_bytes else ("rank", "numbers", "after", "‖W − BA‖ / ‖W‖")
+    table = _table(("weight", "shape", *names), rows, 1)
     shown = " open" if len(rows) <= 20 else ""
     return f"<h2>Every weight</h2>\n<details{shown}><summary>{len(rows)} weights</summary>{table}</details>"
 
@@ -180,7 +187,7 @@ def _spectra(report: Report) -> str:
         return ""
     plots = []
     for group in report.plan.groups():
-        known = [e for e in group if e.rank is not None and e.key in report.weights]
+        known = [e for e in group if e.rank is not None and e.base is None and e.key in report.weights]
         if not known:
             continue
         shown = {e.key: e for e in (known[0], known[len(known) // 2], known[-1])}

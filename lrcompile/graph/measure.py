@@ -50,17 +50,23 @@ def _quant_linear(x: Any, packed: Any, *args: Any, out_shape: Any = None, **kwar
     return 2 * math.prod(x) * out_shape[-1]
 
 
-def _quant_lowrank(x: Any, packed: Any, layout: Any, group: Any, a: Any, *args: Any, out_shape: Any = None, **kw: Any) -> int:
+def _quant_lowrank(
+    x: Any, packed: Any, layout: Any, group: Any, a: Any, *args: Any, out_shape: Any = None, **kw: Any
+) -> int:
     return _quant_linear(x, packed, out_shape=out_shape) + 2 * math.prod(x[:-1]) * a[0] * (a[1] + out_shape[-1])
 
 
-def _lowrank_quant(x: Any, a: Any, layout: Any, group: Any, b: Any, *args: Any, out_shape: Any = None, **kw: Any) -> int:
+def _lowrank_quant(
+    x: Any, a: Any, layout: Any, group: Any, b: Any, *args: Any, out_shape: Any = None, **kw: Any
+) -> int:
     codes = math.prod(a[0]) * (2 if layout in ("nf4", "fp4", "int4") else 1)
     rank = codes // x[-1]
     return 2 * math.prod(x[:-1]) * rank * (x[-1] + out_shape[-1])
 
 
-def _compose(base: Any, layout: Any, group: Any, columns: Any, dtype: Any, a: Any, *args: Any, out_shape: Any = None, **kw: Any) -> int:
+def _compose(
+    base: Any, layout: Any, group: Any, columns: Any, dtype: Any, a: Any, *args: Any, out_shape: Any = None, **kw: Any
+) -> int:
     return 0 if a is None else 2 * math.prod(out_shape) * a[0]
 
 

@@ -115,7 +115,9 @@ def check_calibration(init: str, calibration: object) -> None:
             "example_inputs"
         )
     if init not in CALIBRATED and calibration is not None:
-        raise RecipeError(f"init={init!r} looks at no data: leave calibration out, or choose from {', '.join(CALIBRATED)}")
+        raise RecipeError(
+            f"init={init!r} looks at no data: leave calibration out, or choose from {', '.join(CALIBRATED)}"
+        )
 
 
 def write_plan(model: nn.Module, the_plan: Plan, make: Maker, *, computes: bool = True) -> list[Made]:
@@ -152,7 +154,10 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> None:
         if form.leaves[suffix].pair
     }
     packed = {
-        id(getattr(module, leaf)) for module in model.modules() if isinstance(module, AdoptedModule) for leaf in module.lr_leaves
+        id(getattr(module, leaf))
+        for module in model.modules()
+        if isinstance(module, AdoptedModule)
+        for leaf in module.lr_leaves
     } - pairs
     named: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -305,7 +310,9 @@ def merge(model: M, *, weights: str | None = None) -> M:
         format_of(weights)
         adopted = [m for m in adopted if any(form.rank is not None for _, form in m.lr_forms)]
         if not adopted:
-            raise AdoptError("no weight of the model has a pair, or all are merged already; there is nothing to requantise")
+            raise AdoptError(
+                "no weight of the model has a pair, or all are merged already; there is nothing to requantise"
+            )
     for full, p in model.named_parameters():
         if _is_sharded(p):
             raise AdoptError(f"{full} is a DTensor (sharded); load its full state into an unsharded model, merge that")

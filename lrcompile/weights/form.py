@@ -197,7 +197,9 @@ class Form:
             held, layout, group = [self.dense_base(leaves, call)], DENSE, 0
         else:
             held, layout, group = self.packed("base", leaves, call), base.layout, base.group
-        dtype = getattr(held[0], "dtype", self.torch_dtype) if base is None else self.torch_dtype  # it may have been cast
+        dtype = (
+            getattr(held[0], "dtype", self.torch_dtype) if base is None else self.torch_dtype
+        )  # it may have been cast
         product = call(compose, held, layout, group, self.in_features, dtype, a, b, self.scale)
         return call("t", product) if self.stored_in_out else product
 
@@ -233,7 +235,15 @@ class Form:
             return leaves[f"_{side}"]
         columns = dict(self.sides)[side][1]
         return call(
-            compose, self.packed(side, leaves, call), form.layout, form.group, columns, self.torch_dtype, None, None, 1.0
+            compose,
+            self.packed(side, leaves, call),
+            form.layout,
+            form.group,
+            columns,
+            self.torch_dtype,
+            None,
+            None,
+            1.0,
         )
 
     def __str__(self) -> str:

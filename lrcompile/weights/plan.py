@@ -293,7 +293,9 @@ def _check_entry(e: Entry, plan: Plan, seen: set[str]) -> None:
         raise PlanError(f"{named}: init {e.init!r} is not known; choose from {', '.join(INITS)}")
     number = isinstance(e.scale, (int, float)) and 0 < e.scale < float("inf")
     if e.base and (len(e.shape) != 2 or e.factors or not number or (e.base == "dense" and e.rank is None)):
-        raise PlanError(f"{named}: base {e.base!r} doesn't go with shape {e.shape}, factors {e.factors!r}, scale {e.scale!r}")
+        raise PlanError(
+            f"{named}: base {e.base!r} doesn't go with shape {e.shape}, factors {e.factors!r}, scale {e.scale!r}"
+        )
     try:
         if e.form is not None:
             e.form.leaves  # noqa: B018  reads the formats, which refuse what they can't hold
