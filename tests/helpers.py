@@ -160,10 +160,10 @@ def pair_values(captured: Capture, ctx: PassContext) -> Any:
     def values(graph: CapturedGraph, gm: fx.GraphModule) -> list[Any]:
         inputs = list(graph.inputs)
         for node in gm.graph.find_nodes(op="placeholder")[len(inputs) :]:
-            key, side = node.meta["lr_leaf"]
+            key, suffix = node.meta["lr_leaf"]
             weight = parameters[key].detach()
             pair = svd_pair(weight.T if ctx.weights[key].stored_in_out else weight, ctx.weights[key].rank)
-            inputs.append(pair.weight_a if side == "a" else pair.weight_b)
+            inputs.append(pair.weight_a if suffix == "_a" else pair.weight_b)
         return inputs
 
     return values

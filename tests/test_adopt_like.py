@@ -145,7 +145,7 @@ def test_states_that_dont_belong_are_refused() -> None:
 def test_a_state_of_another_rank_or_none_is_refused() -> None:
     model = adopted(rank=4)
     with pytest.raises(
-        lrcompile.StateError, match=r"'weight': 8.*'weight': 4.*build the dense model again.*adopt_like"
+        lrcompile.StateError, match=r"'weight': 'rank 8'.*'weight': 'rank 4'.*build the dense model again.*adopt_like"
     ):
         model.load_state_dict(adopted(rank=8).state_dict())
     dense = "up.weight is a pair here and dense in the state; load it before lrcompile.adopt, or after lrcompile.merge"

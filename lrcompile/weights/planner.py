@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -62,17 +63,18 @@ def context_for(
     ctx = PassContext(recipe, device=device)
     bind_weights(captured.graphs, captured.names, ctx)
     seen = {id(p) for g in captured.graphs for p in g.parameters().values() if p.dim() >= 2}
-    named = {plain_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
-    if not any(p.is_meta for p in named.values()):
-
-        def energies(key: str) -> torch.Tensor:
-            matrix = named[key].detach()
-            matrix = matrix.T if ctx.weights[key].stored_in_out else matrix
-            return spectrum(matrix, (covariances or {}).get(key))
-
-        ctx.energies = energies
+    if not any(p.is_meta for p in model.parameters()):
+        ctx.energies = partial(_energies, model, ctx.weights, covariances or {})
     ctx.other_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in seen)
     return ctx
+
+
+def _energies(
+    model: nn.Module, weights: Mapping[str, Weight], covariances: Mapping[str, torch.Tensor], key: str
+) -> torch.Tensor:
+    named = {plain_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    matrix = named[key].detach()
+    return spectrum(matrix.T if weights[key].stored_in_out else matrix, covariances.get(key))
 
 
 def plan_from(model: nn.Module, ctx: PassContext, captured: Capture) -> Plan:

@@ -38,7 +38,8 @@ WEIGHTS, INDEX = "model.safetensors", "lrcompile.json"
 def original_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
     """The state dict with the dense keys and shapes back, in their order: loadable into the untouched model.
 
-    Every adopted weight is what it reads as, such as weight_b @ weight_a, in its dtype. Shared weights are one tensor under all names.
+    Every adopted weight is what it reads as, such as weight_b @ weight_a, in its dtype. Shared weights are one
+    tensor under all names.
     """
     model = _unwrapped(model)
     leaves: dict[str, tuple[AdoptedModule, str, str]] = {}  # every leaf's key -> module, parameter, the parameter's key
