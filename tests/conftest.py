@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # checks along with it. So is the Recipe, which checks its own arguments: those messages are the ones tested.
 CHECKED = [
     "lrcompile.weights.factor",
+    "lrcompile.weights.covariance",
+    "lrcompile.weights.initialise",
     "lrcompile.weights.plan",
     "lrcompile.weights.planner",
     "lrcompile.weights.state",

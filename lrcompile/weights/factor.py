@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,32 +53,69 @@ def svd_pair(
         AdoptError: the weight holds NaN or Inf.
     """
     check_finite(weight, name)
-    limit = min(weight.shape)
-    if method == "auto":
-        method = "randomized" if limit >= _SKETCH_FROM and rank <= limit // 4 else "full"
+    method = method_for(weight.shape, rank, method)
     work = weight.detach().double() if method == "full" else weight.detach().float()
-    # Powers of two keep the mantissas: singular values neither overflow nor vanish when squared.
-    largest = work.abs().max().double()
-    scale = torch.exp2(torch.floor(torch.log2(largest))) if largest > 0 else torch.ones_like(largest)
-    work = work / scale.to(work.dtype)
-    tall = work.shape[0] > work.shape[1]
-    work = work.T if tall else work  # now the short side is the rows
-    basis = _leading_basis(work, rank) if method == "full" else _sketched_basis(work, rank)
-    small = basis.T @ work  # rank x long; rows are σᵢ vᵢᵀ
-    sigma = torch.linalg.vector_norm(small.double(), dim=1)
+    unit = unit_of(work)
+    work = work / unit.to(work.dtype)
+    b, a = truncate(work, rank, method)
     total = torch.linalg.vector_norm(work, dtype=torch.float64)
     # Not from total - Σσ²: the sketch's float32 would drown a small error in that difference.
-    lost = torch.linalg.vector_norm(torch.addmm(work, basis, small, alpha=-1), dtype=torch.float64)
-    # A singular value of zero keeps one live side, else neither factor would ever get a gradient.
-    root = sigma.clamp_min(1e-4 * float(sigma.max()) if float(sigma.max()) > 0 else 1.0).sqrt()
-    short, long = basis.double() * root, small.double() / root[:, None]
-    a, b = (short.T, long.T) if tall else (long, short)
-    half = scale.sqrt()
+    rest = torch.addmm(work, b.to(work.dtype), a.to(work.dtype), alpha=-1)
+    lost = torch.linalg.vector_norm(rest, dtype=torch.float64)
+    half = unit.sqrt()
     return Pair(
         (a * half).to(weight.dtype).contiguous(),
         (b * half).to(weight.dtype).contiguous(),
         float(lost / total) if float(total) > 0 else 0.0,
     )
+
+
+def method_for(shape: Sequence[int], rank: int, method: str) -> str:
+    """What "auto" means for a matrix: "randomized" where it is large and the rank at most a quarter of it."""
+    limit = min(shape)
+    if method != "auto":
+        return method
+    return "randomized" if limit >= _SKETCH_FROM and rank <= limit // 4 else "full"
+
+
+def unit_of(matrix: Tensor) -> Float[Tensor, ""]:
+    """The power of two below the largest magnitude, float64; 1 for zeros.
+
+    Divided by it a matrix keeps its mantissas, and its singular values neither overflow nor vanish when squared.
+    """
+    largest = matrix.abs().max().double()
+    return torch.exp2(torch.floor(torch.log2(largest))) if largest > 0 else torch.ones_like(largest)
+
+
+def truncate(
+    work: Float[Tensor, "out_features in_features"], rank: int, method: str
+) -> tuple[Float[Tensor, "out_features rank"], Float[Tensor, "rank in_features"]]:
+    """The two sides (b, a) of the best product of this rank, float64, with √Σ on each.
+
+    Args:
+        work: a matrix in units of `unit_of`.
+        rank: 1 to min(out_features, in_features).
+        method: "full" or "randomized", as `svd_pair` has them.
+    """
+    work = work.double() if method == "full" else work.float()
+    tall = work.shape[0] > work.shape[1]
+    work = work.T if tall else work  # now the short side is the rows
+    basis = leading_basis(work, rank) if method == "full" else _sketched_basis(work, rank)
+    short, long = balanced(basis, basis.T @ work)
+    return (long.T, short.T) if tall else (short, long)
+
+
+def balanced(
+    basis: Float[Tensor, "rows rank"], small: Float[Tensor, "rank columns"]
+) -> tuple[Float[Tensor, "rows rank"], Float[Tensor, "rank columns"]]:
+    """basis @ small with √Σ on each side, float64, for orthonormal columns uᵢ and rows σᵢ vᵢᵀ.
+
+    A singular value of zero keeps one live side, else neither factor would ever get a gradient.
+    """
+    sigma = torch.linalg.vector_norm(small.double(), dim=1)
+    largest = float(sigma.max())
+    root = sigma.clamp_min(1e-4 * largest if largest > 0 else 1.0).sqrt()
+    return basis.double() * root, small.double() / root[:, None]
 
 
 def check_finite(weight: torch.Tensor, name: str) -> None:
@@ -97,13 +135,13 @@ def singular_values(weight: Float[Tensor, "out_features in_features"]) -> Float[
     return torch.linalg.eigvalsh(gram).clamp_min(0).flip(0).sqrt()
 
 
-def _leading_basis(work: torch.Tensor, rank: int) -> torch.Tensor:
+def leading_basis(work: torch.Tensor, rank: int) -> torch.Tensor:
     """The `rank` leading left singular vectors of a wide matrix, as columns."""
-    return _eigenvectors(work @ work.T).flip(1)[:, :rank]
+    return eigh(work @ work.T)[1].flip(1)[:, :rank]
 
 
-def _eigenvectors(gram: torch.Tensor) -> torch.Tensor:
-    """Eigenvectors of a symmetric matrix as columns, by ascending eigenvalue.
+def eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues of a symmetric matrix, ascending, and its eigenvectors as columns.
 
     Of a small one by one thread: LAPACK's own gain a third of the time at best, and where others use the cores too they
     spin at every step, waiting for each other (forty times as long, seen).
@@ -113,7 +151,8 @@ def _eigenvectors(gram: torch.Tensor) -> torch.Tensor:
     if alone:
         torch.set_num_threads(1)
     try:
-        return torch.linalg.eigh(gram).eigenvectors
+        values, vectors = torch.linalg.eigh(gram)
+        return values, vectors
     finally:
         if alone:
             torch.set_num_threads(threads)
@@ -129,5 +168,5 @@ def _sketched_basis(work: torch.Tensor, rank: int) -> torch.Tensor:
     for _ in range(_POWER_ITERATIONS):
         basis, _ = torch.linalg.qr(work @ (work.T @ basis))
     small = (basis.T @ work).double()
-    rotation = _eigenvectors(small @ small.T).flip(1)[:, :rank]
+    rotation = eigh(small @ small.T)[1].flip(1)[:, :rank]
     return basis @ rotation.to(basis.dtype)

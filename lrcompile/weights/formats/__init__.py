@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Quantised(NamedTuple):
     dtype: torch.dtype
 
 
+@runtime_checkable
 class Format(Protocol):
     """How a frozen (out_features, in_features) weight is stored."""
 

@@ -148,6 +148,8 @@ def _groups(name: str, shape: tuple[int, int], size: int | None) -> int:
     if 0 in shape:
         raise PlanError(f"{name} can't hold an empty weight of shape {shape}; leave it dense with exclude")
     if size is None:
+        if shape[1] == 1:  # where a row is one value, torchao takes the scales' two dimensions for one
+            raise PlanError(f"{name} can't hold a weight of one column, {shape}; leave it dense with exclude")
         return 1
     if shape[1] % size:
         fitting = [group for group in GROUPS if shape[1] % group == 0]
