@@ -148,7 +148,7 @@ def test_a_state_of_another_rank_or_none_is_refused() -> None:
         lrcompile.StateError, match=r"'weight': 'rank 8'.*'weight': 'rank 4'.*build the dense model again.*adopt_like"
     ):
         model.load_state_dict(adopted(rank=8).state_dict())
-    dense = "up.weight is a pair here and dense in the state; load it before lrcompile.adopt, or after lrcompile.merge"
+    dense = "up.weight is adopted here and dense in the state; load it before lrcompile.adopt, or after lrcompile.merge"
     for strict in (True, False):
         with pytest.raises(RuntimeError, match=re.escape(dense)) as error:
             model.load_state_dict(Mlp().state_dict(), strict=strict)

@@ -112,7 +112,7 @@ def test_the_tables_fit_the_terminal(here, capsys, monkeypatch, columns):
         (["plan", "my_model:build", "--rank", "99"], "above min(in, out)"),
         (["plan", "my_model:build", "--include", "layers.*"], "matches no module"),
         (["plan", "my_model:build", "--json", "no/such/dir.json"], "can't write"),
-        (["inspect", "my_model:build", "--show", "quantize"], "no pass 'quantize'; there are capture"),
+        (["inspect", "my_model:build", "--show", "quantise"], "no pass 'quantise'; there are capture"),
         (["plan", "empty.json"], "empty.json"),
         (["plan", "strange.json"], "strange.json"),
         (["plan", "broken.gguf"], "broken.gguf"),

@@ -20,9 +20,9 @@ def test_factorize_makes_leaves_of_the_right_shape_and_touches_no_number():
     captured, ctx, _ = run(model, (ids(),), [*DECIDE, factorize], Recipe(rank=3))
     leaves = {n.meta["lr_leaf"]: value(n) for n in captured.graphs[0].placeholders if "lr_leaf" in n.meta}
     assert {key for key, _ in leaves} == BLOCKS
-    for (key, side), leaf in leaves.items():
+    for (key, suffix), leaf in leaves.items():
         out, into = model.get_parameter(key).shape
-        assert tuple(leaf.shape) == ((3, into) if side == "a" else (out, 3))
+        assert tuple(leaf.shape) == ((3, into) if suffix == "_a" else (out, 3))
         assert isinstance(leaf, nn.Parameter) and leaf.requires_grad and leaf.dtype == torch.float32
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     # Nothing computes with a factored weight any more.

@@ -11,7 +11,7 @@ from lrcompile import PassError, Recipe
 from lrcompile.passes import PassResult, graph_pass
 from lrcompile.passes.graphs import linear_fn
 from lrcompile.show import as_text, asked_note, plan_table, report_table
-from lrcompile.weights.factor import svd_pair
+from lrcompile.weights.initialise import initialise
 from lrcompile.words import change, count, fold, fold_lines, size
 
 from .helpers import Stack
@@ -155,8 +155,8 @@ def test_diff_speaks_the_models_language(inputs):
 
 def test_unknown_stages_are_listed(inputs):
     report = lrcompile.inspect(Mlp(), inputs, RECIPE)
-    with pytest.raises(KeyError, match=r"no stage 'quantize'.*capture.*factorize.*lower"):
-        report["quantize"]
+    with pytest.raises(KeyError, match=r"no stage 'quantise'.*capture.*factorize.*lower"):
+        report["quantise"]
 
 
 def test_printed(model, inputs):
@@ -279,10 +279,10 @@ def test_verify_needs_numbers(inputs):
 
 
 def test_pairs_are_computed_once(inputs, monkeypatch):
-    import lrcompile.graph.stage as stage
+    import lrcompile.weights.make as make
 
     calls = []
-    monkeypatch.setattr(stage, "svd_pair", lambda *a: calls.append(a[3]) or svd_pair(*a))
+    monkeypatch.setattr(make, "initialise", lambda w, **kw: calls.append(kw["name"]) or initialise(w, **kw))
     report = lrcompile.inspect(Mlp(), inputs, RECIPE)
     assert calls == [], "inspect() itself computes nothing"
     str(report), str(report)

@@ -16,10 +16,12 @@ def own(gm, ctx):
 def test_the_order_of_passes():
     names = lambda **kw: [p.__name__ for p in pass_list(Recipe(passes=[own]), **kw)]  # noqa: E731
     assert names(weights=True) == [
-        "canonicalize", "own", "select", "allocate_ranks", "factorize", "reassociate", "fuse_epilogue", "share_input", "lower",
+        "canonicalize", "own", "select", "allocate_ranks", "factorize", "quantize", "reassociate",
+        "fuse_epilogue", "share_input", "lower",
     ]  # fmt: skip
     assert names(weights=False) == ["canonicalize", "own", "reassociate", "fuse_epilogue", "share_input", "lower"]
-    assert names(weights=True, program=False) == ["canonicalize", "select", "allocate_ranks", "factorize"]
+    assert names(weights=True, program=False) == ["canonicalize", "select", "allocate_ranks", "factorize", "quantize"]
+    assert names(weights=True, program=False, rewrites=False) == ["canonicalize", "select", "allocate_ranks"]
 
 
 def test_a_pass_after_an_unknown_one_is_an_error():

@@ -316,11 +316,11 @@ def test_snapshots_are_independent_copies():
     model = LanguageModel()
     captured, ctx, stages = run(model, (ids(),), pass_list(Recipe(rank=2), weights=True))
     assert [s.name for s in stages] == [
-        "capture", "canonicalize", "select", "allocate_ranks", "factorize", "reassociate", "fuse_epilogue",
-        "share_input", "lower",
+        "capture", "canonicalize", "select", "allocate_ranks", "factorize", "quantize", "reassociate",
+        "fuse_epilogue", "share_input", "lower",
     ]  # fmt: skip
     codes = [s.graphs[0].code for s in stages]
-    assert codes[0] == codes[3] != codes[4] != codes[5]
+    assert codes[0] == codes[3] != codes[4] == codes[5] != codes[6]
     live = captured.graphs[0].gm
     drops_a_bias(live, ctx)
     live.recompile()
