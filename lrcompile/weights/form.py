@@ -180,15 +180,19 @@ class Form:
             out.append(leaf if specs[key].shape else call("squeeze", leaf, 0))
         return out
 
-    def read(self, leaves: Mapping[str, Any], call: Callable[..., Any] = run) -> Any:
+    def read(
+        self, leaves: Mapping[str, Any], call: Callable[..., Any] = run, dtype: torch.dtype | None = None
+    ) -> Any:
         """The dense weight, in the layout it was stored in.
 
         Args:
             leaves: by suffix; tensors, or the nodes of a graph.
             call: computes a call (`run`), or writes it into a graph.
+            dtype: of what has a packed part, which keeps none of its own when a model is cast; None: as planned.
         """
+        dtype = dtype or self.torch_dtype
         if self.base is None:
-            a, b = (self._side(side, leaves, call) for side, _ in self.sides)
+            a, b = (self._side(side, leaves, call, dtype) for side, _ in self.sides)
             product = call(torch.matmul, b, a)
             return call("t", product) if self.stored_in_out else product
         a, b = (leaves["_a"], leaves["_b"]) if self.rank is not None else (None, None)
@@ -197,9 +201,6 @@ class Form:
             held, layout, group = [self.dense_base(leaves, call)], DENSE, 0
         else:
             held, layout, group = self.packed("base", leaves, call), base.layout, base.group
-        dtype = (
-            getattr(held[0], "dtype", self.torch_dtype) if base is None else self.torch_dtype
-        )  # it may have been cast
         product = call(compose, held, layout, group, self.in_features, dtype, a, b, self.scale)
         return call("t", product) if self.stored_in_out else product
 
@@ -229,7 +230,7 @@ class Form:
         """A dense base as (out_features, in_features)."""
         return call("t", leaves["_base"]) if self.stored_in_out else leaves["_base"]
 
-    def _side(self, side: str, leaves: Mapping[str, Any], call: Callable[..., Any]) -> Any:
+    def _side(self, side: str, leaves: Mapping[str, Any], call: Callable[..., Any], dtype: torch.dtype) -> Any:
         form = self.format_of(side)
         if form is None:
             return leaves[f"_{side}"]
@@ -240,7 +241,7 @@ class Form:
             form.layout,
             form.group,
             columns,
-            self.torch_dtype,
+            dtype,
             None,
             None,
             1.0,

@@ -33,11 +33,13 @@ class AdoptedModule:
         lr_base: the class it had.
         lr_forms: its computed parameters and the form of each.
         lr_told: name -> what the Plan said of it (JSON-able), kept on the instance.
+        lr_dtypes: name -> the dtype that it reads as, likewise: packed leaves have none that a cast could change.
     """
 
     lr_base: type[nn.Module]
     lr_forms: tuple[tuple[str, Form], ...]
     lr_told: dict[str, dict[str, Any]]
+    lr_dtypes: dict[str, torch.dtype]
 
     @property
     def lr_leaves(self) -> dict[str, str]:
@@ -47,6 +49,11 @@ class AdoptedModule:
     def lr_parts(self, name: str) -> dict[str, nn.Parameter]:
         """The leaves of one parameter, by suffix."""
         return {suffix: getattr(self, name + suffix) for suffix in dict(self.lr_forms)[name].leaves}
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        self.lr_base._apply(self, fn, recurse)  # type: ignore[arg-type]
+        self.lr_dtypes = {name: fn(torch.empty(0, dtype=dtype)).dtype for name, dtype in self.lr_dtypes.items()}
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle finds classes by name, and this one is made on the fly: make it again.
@@ -67,11 +74,10 @@ class AdoptedModule:
                 f"what the state says of the weights in this {type(self).__name__} can't be read: its _extra_state was "
                 "scaled or cut; keep the `_extra_state` entries of a state as they are"
             )
-        there, here = ({n: Form.of(e) for n, e in (entries or {}).items()} for entries in (told, self.lr_told))
+        there, here = _scaled(told), _scaled(self.lr_told)
         if told is None or there != here:
-            spelled = {n: str(f) for n, f in there.items()} or "no pair"
             raise StateError(
-                f"the state holds {spelled} where this module has { {n: str(f) for n, f in here.items()} }; "
+                f"the state holds {there or 'no pair'} where this module has {here}; "
                 "build the dense model again and call lrcompile.adopt_like(model, state) before load_state_dict"
             )
         self.lr_told = told
@@ -116,6 +122,14 @@ class AdoptedModule:
         forms = ", ".join(f"{name}: {form}" for name, form in self.lr_forms)
         base = self.lr_base.extra_repr(self)  # type: ignore[arg-type]
         return f"{base}, {forms}" if base else forms
+
+
+def _scaled(told: Mapping[str, Mapping[str, Any]] | None) -> dict[str, str]:
+    """The forms in words, with the scale of a pair where there is one."""
+    return {
+        name: str(Form.of(entry)) + (f" times {entry['scale']:.6g}" if entry["scale"] != 1 else "")
+        for name, entry in (told or {}).items()
+    }
 
 
 def _spelled(name: str, form: Form) -> str:
@@ -180,9 +194,9 @@ def _computed(name: str, form: Form) -> property:
         lent = any(leaf.requires_grad for leaf in leaves.values()) and not torch.is_grad_enabled()
         if lent:
             with torch.enable_grad():
-                product = form.read(leaves)
+                product = form.read(leaves, dtype=self.lr_dtypes[name])
         else:
-            product = form.read(leaves)
+            product = form.read(leaves, dtype=self.lr_dtypes[name])
         if form.base is None and form.factors is None and product.dtype != leaves["_b"].dtype:
             product = product.to(leaves["_b"].dtype)  # under autocast: model code asks for the dtype that is stored
         if not torch.compiler.is_compiling() and not product.is_inference():
@@ -260,10 +274,11 @@ def install(module: nn.Module, name: str, leaves: Mapping[str, nn.Parameter], to
     form = Form.of(told)
     assert form is not None
     made = adopted_class(base, (*forms, (name, form)))  # type: ignore[arg-type]
+    dtypes = {**module.__dict__.get("lr_dtypes", {}), name: module._parameters[name].dtype}  # type: ignore[union-attr]
     module._parameters.clear()
     module._parameters.update(replaced)
     # Past the module's own __setattr__, which may refuse.
-    module.__dict__["lr_told"] = {**before, name: told}
+    module.__dict__.update(lr_told={**before, name: told}, lr_dtypes=dtypes)
     object.__setattr__(module, "__class__", made)
 
 
@@ -281,7 +296,8 @@ def remove(module: nn.Module, dense: dict[str, nn.Parameter]) -> None:
     module._parameters.clear()
     module._parameters.update(replaced)
     left = tuple(kept for kept in module.lr_forms if kept[0] not in dense)
-    told = module.__dict__.pop("lr_told")
-    if left:
-        module.__dict__["lr_told"] = {name: told[name] for name, _ in left}
+    for kept in ("lr_told", "lr_dtypes"):
+        was = module.__dict__.pop(kept)
+        if left:
+            module.__dict__[kept] = {name: was[name] for name, _ in left}
     object.__setattr__(module, "__class__", adopted_class(module.lr_base, left) if left else module.lr_base)  # type: ignore[arg-type]
