@@ -7,7 +7,6 @@ one compiled graph with several blocks' parameters, so which weight it is only t
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -34,8 +33,6 @@ from lrcompile.passes.graphs import Site, sites
 from lrcompile.recipe import Recipe
 from lrcompile.weights.layers import plainly
 from lrcompile.weights.planner import check_globs, refuse_adopted
-
-log = logging.getLogger("lrcompile")
 
 # Views of the same rows, as long as the last axis stays.
 _RESHAPES = {"view", "reshape", "flatten", "contiguous", "unsqueeze"}
@@ -149,10 +146,10 @@ class _Totals:
         with plainly(x):
             rows = x.detach().reshape(-1, x.shape[-1])
             rows = rows if rows.dtype == torch.float64 else rows.float()
-            key = tuple(sorted(uses.items())), rows.dtype
-            if key not in self.sums:
-                self.sums[key] = rows.new_zeros(rows.shape[1], rows.shape[1])
-            self.sums[key].addmm_(rows.T, rows)
+            place = tuple(uses.items()), rows.dtype
+            if place not in self.sums:
+                self.sums[place] = rows.new_zeros(rows.shape[1], rows.shape[1])
+            self.sums[place].addmm_(rows.T, rows)
 
     def check(self, batch: int) -> None:
         """Raise CaptureError where a batch has brought NaN or Inf into a total: they show on its diagonal."""
