@@ -191,7 +191,9 @@ def test_merging_into_a_requantised_base_tells_the_error(model: Net, x: torch.Te
 
 
 def test_what_can_not_be(model: Net, x: torch.Tensor, tmp_path: Path):
-    with pytest.raises(AdoptError, match=r"up.weight is trained, and as nf4 it would be frozen.*rank=16.*requires_grad_\(False\)"):
+    with pytest.raises(
+        AdoptError, match=r"up.weight is trained, and as nf4 it would be frozen.*rank=16.*requires_grad_\(False\)"
+    ):
         lrcompile.adopt(model, Recipe(weights="nf4", include=["blocks.0.up"]), (x,))
     with pytest.raises(PlanError, match=r"blocks.0.up.weight: int4 .*128.*exclude=\['blocks.0.up.weight'\]"):
         lrcompile.plan(model, (x,), Recipe(weights="int4", trainable=[], include=["blocks.0.up"]))
@@ -203,7 +205,9 @@ def test_what_can_not_be(model: Net, x: torch.Tensor, tmp_path: Path):
         lrcompile.adopt(model, Recipe(weights="nf4", rank=4, init="qera"), (x,))
     with pytest.raises(RecipeError, match="looks at no data"):
         lrcompile.adopt(model, Recipe(weights="nf4", rank=4), (x,), calibration=[(x,)])
-    with pytest.raises(Exception, match="weights: at its first call the backend makes plain pairs; call lrcompile.adopt"):
+    with pytest.raises(
+        Exception, match="weights: at its first call the backend makes plain pairs; call lrcompile.adopt"
+    ):
         torch.compile(model, backend="lrcompile", options={"weights": "nf4", "rank": 4})(x)
     assert not any(isinstance(m, AdoptedModule) for m in model.modules()), "nothing was touched"
     with torch.no_grad():

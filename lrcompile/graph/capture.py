@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,7 +89,7 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
     if not isinstance(model, nn.Module):
         raise CaptureError(f"a model is an nn.Module, got {type(model).__name__}")
     args, kwargs = split_inputs(example_inputs)
-    _check_signature(model, args, kwargs)
+    check_signature(model, args, kwargs)
     plain = getattr(model, "_orig_mod", model)
     graphs: list[CapturedGraph] = []
 
@@ -99,22 +99,20 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
         graphs.append(CapturedGraph(gm, list(inputs)))
         return gm.forward
 
-    with _on_meta_if_fake(plain) as real_of, _state_kept(plain), _as_if_uncompiled(plain), _opened_up():
+    with _on_meta_if_fake(plain) as real_of, traced(plain, collect, dynamic=False) as run:
         args, kwargs = _to_device_of(plain, (args, kwargs))
         before = dict(counters["graph_break"])
         try:
-            # Its own region of Dynamo's cache: the user's compiled code and recompile budget stay as they are.
-            with _told_once(), torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
-                torch.compile(plain, backend=collect, dynamic=False, **_OWN_REGION)(*args, **kwargs)
+            run(*args, **kwargs)
         except Exception as error:
             # After the first graph a model may fail on fake or meta data only (a data-dependent branch): what
             # was captured is then reported as a break, not lost.
             if not graphs or not any(p.is_meta for p in plain.parameters()):
                 raise CaptureError(
-                    f"{type(plain).__name__} could not be run with these example inputs: {_cause(error)}. "
+                    f"{type(plain).__name__} could not be run with these example inputs: {cause(error)}. "
                     "Pass the inputs as the model is called: a tuple of positional or a dict of keyword arguments."
                 ) from error
-            counters["graph_break"][_cause(error)] += 1
+            counters["graph_break"][cause(error)] += 1
         for graph in graphs:
             graph.inputs = [real_of.get(id(value), value) for value in graph.inputs]
     breaks = [why for why, n in counters["graph_break"].items() if n > before.get(why, 0)]
@@ -129,6 +127,19 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
             )
         )
     return Capture(graphs, parameter_names(plain), breaks)
+
+
+@contextmanager
+def traced(
+    model: nn.Module, backend: Callable[[fx.GraphModule, list[Any]], Any], dynamic: bool | None = None
+) -> Iterator[Callable[..., Any]]:
+    """The model as a backend compiles it, to be called inside this context; as it was afterwards, and uncompiled.
+
+    It has its own region of Dynamo's cache: the user's compiled code and recompile budget stay as they are.
+    """
+    limits = torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
+    with _state_kept(model), _as_if_uncompiled(model), _opened_up(), _told_once(), limits:
+        yield torch.compile(model, backend=backend, dynamic=dynamic, **_OWN_REGION)
 
 
 def check_torch() -> None:
@@ -191,7 +202,7 @@ def _first_line(error: object) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """What went wrong in the model, in one line: Dynamo's own exceptions only wrap it."""
     inner: BaseException | None = error
     while inner is not None and type(inner).__module__.startswith("torch._dynamo"):
@@ -216,7 +227,8 @@ def _told_once() -> Iterator[None]:
         log.removeFilter(mild)
 
 
-def _check_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise CaptureError where the model can't be called with these."""
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:

@@ -180,9 +180,7 @@ class Form:
             out.append(leaf if specs[key].shape else call("squeeze", leaf, 0))
         return out
 
-    def read(
-        self, leaves: Mapping[str, Any], call: Callable[..., Any] = run, dtype: torch.dtype | None = None
-    ) -> Any:
+    def read(self, leaves: Mapping[str, Any], call: Callable[..., Any] = run, dtype: torch.dtype | None = None) -> Any:
         """The dense weight, in the layout it was stored in.
 
         Args:
