@@ -14,9 +14,9 @@ from lrcompile.weights.plan import group_name
 from lrcompile.words import change, count, fold_lines, size
 
 if TYPE_CHECKING:
-    from lrcompile.weights.plan import Entry
     from lrcompile.graph.inspect import Report
     from lrcompile.graph.stage import Stage
+    from lrcompile.weights.plan import Entry
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #667085; --line: #e3e6ec; --page: #fbfbfd; --card: #fff;
@@ -68,7 +68,8 @@ def page(report: Report) -> str:
 
 def _head(report: Report) -> str:
     plan = report.plan
-    told = f"{len(plan.adopted)} of {len(plan.entries)} weights are adopted, asked for by <code>{escape(report.recipe.dial)}</code>."
+    made = f"{len(plan.adopted)} of {len(plan.entries)} weights are adopted"
+    told = f"{made}, asked for by <code>{escape(report.recipe.dial)}</code>."
     return f"<h1>What lrcompile does to this model</h1>\n<p>{told}</p>"
 
 

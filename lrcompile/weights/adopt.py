@@ -98,10 +98,11 @@ def adopt(
     if needed and calibration is not None:
         from lrcompile.graph.calibrate import covariances
 
-        moments = covariances(model, calibration)
+        moments = covariances(model, calibration, plan_or_recipe if isinstance(plan_or_recipe, Recipe) else None)
     if the_plan is None:
         assert isinstance(plan_or_recipe, Recipe) and example_inputs is not None
         the_plan = plan(model, example_inputs, plan_or_recipe, covariances=moments)
+    _check_reached(the_plan, moments)
     made = write_plan(model, the_plan, computed(the_plan.recipe, moments))
     tell(the_plan.entries, [m.entry for m in made], the_plan.parameters, time.perf_counter() - start)
     return model
@@ -117,6 +118,16 @@ def check_calibration(init: str, calibration: object) -> None:
     if init not in CALIBRATED and calibration is not None:
         raise RecipeError(
             f"init={init!r} looks at no data: leave calibration out, or choose from {', '.join(CALIBRATED)}"
+        )
+
+
+def _check_reached(the_plan: Plan, moments: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a data-aware start of weights that no calibration batch went through, as those of experts never chosen."""
+    blind = [e.key for e in the_plan.adopted if e.rank is not None and e.init in CALIBRATED and e.key not in moments]
+    if blind and moments:
+        raise PlanError(
+            f"no calibration batch reached {', '.join(blind[:5])}{', …' if len(blind) > 5 else ''}: give batches that do, or "
+            "leave them out with exclude"
         )
 
 

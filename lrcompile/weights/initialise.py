@@ -245,8 +245,7 @@ def _loftq(task: _Task, rank: int, method: str, alternations: int) -> tuple[_Lea
     """Quantise what the pair leaves, truncate what the base leaves, and again; the best of all turns.
 
     The first turn is taken from no pair, as LoftQ has it, and from the principal part, as QPiSSA does, and the others go
-    on from the better. That is QPiSSA's wherever there is a principal part: on MiniLM's weights, nf4 with rank 16, its
-    first turn is ahead of LoftQ's eighth.
+    on from the better: of a pretrained weight mostly QPiSSA's.
     """
 
     def turn(leaves: _Leaves | None) -> tuple[float, _Leaves, _Held]:
