@@ -54,7 +54,8 @@ def _decoded_pair(site: Site, b: Any, a: Any) -> fx.Node:
 
 
 def _dense_base(site: Site) -> fx.Node:
-    (base,), _, _, _, _, a, b, scale = site.chain.source.args
+    held, _, _, _, _, a, b, scale = site.chain.source.args
+    base: Any = held[0]  # type: ignore[index]
     a, b = (_as_x(site, side) for side in (a, b))
     for kind, node in site.chain.steps:
         if kind == "cast":

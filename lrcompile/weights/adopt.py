@@ -222,13 +222,13 @@ def plan_of(model: nn.Module) -> Plan:
     recipe: dict[str, Any] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         adopted = isinstance(module, AdoptedModule)
-        leaves: dict[str, str] = module.lr_leaves if adopted else {}  # type: ignore[assignment,union-attr]
+        leaves: dict[str, str] = module.lr_leaves if adopted else {}
         for leaf, p in module._parameters.items():
             name = leaves.get(leaf, leaf)
             full = plain_name(f"{module_name}.{name}" if module_name else name)
             if p is None or full in shapes:
                 continue
-            told = _entry(module.lr_told[name], ()) if leaf in leaves else None  # type: ignore[index]
+            told = _entry(module.lr_told[name], ()) if leaf in leaves else None
             recipe = recipe or settled_by(p) or {}
             shapes[full] = told.shape if told else tuple(p.shape)
             size[full] = getattr(torch, told.dtype).itemsize if told else p.element_size()

@@ -103,11 +103,11 @@ class Form:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        return getattr(torch, self.dtype)
 
     @property
     def torch_pair_dtype(self) -> torch.dtype:
-        return getattr(torch, self.pair_dtype or self.dtype)  # type: ignore[no-any-return]
+        return getattr(torch, self.pair_dtype or self.dtype)
 
     @cached_property
     def sides(self) -> tuple[tuple[str, tuple[int, int]], ...]:
@@ -212,17 +212,17 @@ class Form:
                 form = self.format_of(side)
                 assert form is not None
                 parts += [self.packed(side, leaves), form.layout, form.group]
-            return lowrank_quant_linear(x, *parts, bias)  # type: ignore[no-any-return]
+            return lowrank_quant_linear(x, *parts, bias)
         form = self.format_of("base")
         if form is None:
             base = F.linear(x, self.dense_base(leaves), bias)
         elif self.rank is None:
-            return quant_linear(x, self.packed("base", leaves), form.layout, form.group, bias)  # type: ignore[no-any-return]
+            return quant_linear(x, self.packed("base", leaves), form.layout, form.group, bias)
         a, b = leaves["_a"].to(x.dtype), leaves["_b"].to(x.dtype)
         if form is None:
             return base + self.scale * F.linear(F.linear(x, a), b)
         packed = self.packed("base", leaves)
-        return quant_lowrank_linear(x, packed, form.layout, form.group, a, b, self.scale, bias)  # type: ignore[no-any-return]
+        return quant_lowrank_linear(x, packed, form.layout, form.group, a, b, self.scale, bias)
 
     def dense_base(self, leaves: Mapping[str, Any], call: Callable[..., Any] = run) -> Any:
         """A dense base as (out_features, in_features)."""

@@ -52,7 +52,7 @@ def computed(recipe: Mapping[str, Any], covariances: Mapping[str, torch.Tensor] 
             leaves["_base"] = start.base.T.contiguous() if form.stored_in_out else start.base
         if start.packed is not None:
             leaves |= _stored(form, "base", start.packed)
-        if form.rank is not None:
+        if start.weight_a is not None and start.weight_b is not None:
             leaves |= {"_a": start.weight_a, "_b": start.weight_b}
         return leaves, start.error
 
@@ -72,7 +72,7 @@ def _quantised_pair(
     sides = []
     for (side, shape), values in zip(form.sides, (start.weight_a, start.weight_b), strict=True):
         number_format = form.format_of(side)
-        assert number_format is not None
+        assert number_format is not None and values is not None
         packed = quantise(number_format, values, name)
         leaves |= _stored(form, side, packed)
         sides.append(dequantise(number_format, packed, shape, form.torch_dtype).double())

@@ -236,10 +236,10 @@ def dissolve(modules: Sequence[AdoptedModule], live: Live, weights: str | None =
         owners = [(o, n) for o, n in live.owners[id(first)] if isinstance(o, AdoptedModule) and n in o._parameters]
         owned = [(owner, owner.lr_leaves[leaf]) for owner, leaf in owners]
         for owner, parameter in owned:
-            remove(owner, {parameter: dense})  # type: ignore[arg-type]
+            remove(owner, {parameter: dense})
         follow_merged(live.optimizers, _pair(leaves, form), dense)
         if weights is not None:
-            made.append(_requantise(dense, told, weights, owned))  # type: ignore[arg-type]
+            made.append(_requantise(dense, told, weights, owned))
     return made
 
 
