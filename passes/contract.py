@@ -33,6 +33,7 @@ class Weight:
         head: whether the graph looks like a use as output head.
         selected: whether it is to be adopted; `reason` says why not.
         rank: the pair's rank, None where there is no pair.
+        held: the number format that a library has it in already; "" for a dense weight.
         base: "dense" or the number format of its frozen base; None without one.
     """
 
@@ -48,6 +49,7 @@ class Weight:
     selected: bool = False
     reason: str = ""
     rank: int | None = None
+    held: str = ""
     base: str | None = None
 
     @property

@@ -27,7 +27,8 @@ def select(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
             continue
         weight.reason = _why_dense(weight, ctx)
         weight.selected = not weight.reason
-        weight.base = ctx.recipe.weights if weight.selected else None
+        weight.base = (weight.held or ctx.recipe.weights) if weight.selected else None
+        _check_held(weight, ctx)
         if weight.selected and weight.dtype not in _FLOATS:
             raise PlanError(
                 f"{weight.key} is stored as {weight.dtype}: adopting needs a floating weight. "
@@ -37,6 +38,23 @@ def select(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         line = f"{weight.key}: {'selected' if weight.selected else 'dense, ' + weight.reason}"
         (result.changed if weight.selected else result.notes).append(line)
     return result
+
+
+def _check_held(weight: Weight, ctx: PassContext) -> None:
+    """Refuse what can't be had from a weight that is quantised already."""
+    recipe = ctx.recipe
+    if not weight.selected or not weight.held:
+        return
+    if recipe.weights not in (weight.held, weight.held.split("-")[0]):
+        asked = "a pair in its place" if recipe.weights is None else recipe.weights
+        raise PlanError(
+            f"{weight.key} is quantised to {weight.held} already, and {asked} would lose more: say weights={weight.held!r} to "
+            f"keep it as it is, or leave it out with exclude=[{weight.key!r}]"
+        )
+    if recipe.has_pairs and recipe.init not in ("auto", "zero"):
+        raise PlanError(
+            f"{weight.key} is quantised already, and init={recipe.init!r} starts from the dense weight: choose init='zero'"
+        )
 
 
 def _check_format(weight: Weight, ctx: PassContext) -> None:

@@ -23,6 +23,7 @@ from lrcompile.recipe import Recipe, as_recipe
 from lrcompile.weights.adopt import check_calibration, plan_of
 from lrcompile.weights.factor import singular_values
 from lrcompile.weights.layers import AdoptedModule
+from lrcompile.weights.library import as_dense
 from lrcompile.weights.plan import Entry, Plan
 from lrcompile.weights.planner import context_for, plan_from
 
@@ -69,14 +70,15 @@ def inspect(
         raise PassError("verify=True runs the graphs, and this model has no numbers (meta device); leave verify out")
     adopted = any(isinstance(m, AdoptedModule) for m in model.modules())
     moments = _moments(model, recipe, calibration, adopted or numberless)
-    captured = capture(model, example_inputs)
-    ctx = context_for(model, captured, recipe, moments)
-    ctx.kernels = kernels
-    ctx.target = device_named(target) if target else _present(model)
-    world = World(model, captured, ctx, not numberless, moments)
-    passes = pass_list(recipe, weights=not adopted)
-    stages = run_passes(captured, passes, ctx, snapshots=True, verify=verify, values=world.values)
-    plan = plan_of(model) if adopted else plan_from(model, ctx, captured)
+    with as_dense(model, numbers=True):
+        captured = capture(model, example_inputs)
+        ctx = context_for(model, captured, recipe, moments)
+        ctx.kernels = kernels
+        ctx.target = device_named(target) if target else _present(model)
+        world = World(model, captured, ctx, not numberless, moments)
+        passes = pass_list(recipe, weights=not adopted)
+        stages = run_passes(captured, passes, ctx, snapshots=True, verify=verify, values=world.values)
+        plan = plan_of(model) if adopted else plan_from(model, ctx, captured)
     return Report(recipe, plan, captured.breaks, world, stages)
 
 

@@ -54,7 +54,10 @@ def bind_weights(graphs: Sequence[CapturedGraph], names: dict[int, tuple[str, ..
                 continue
             key = names[id(parameter)][0]
             node.meta["lr_weight"] = key
-            ctx.weights.setdefault(key, Weight(names[id(parameter)], tuple(parameter.shape), parameter.dtype))
+            weight = Weight(names[id(parameter)], tuple(parameter.shape), parameter.dtype)
+            quantised = getattr(parameter, "lr_quantised", None)  # a stand-in of weights/library.py
+            weight.held = quantised.format.name if quantised is not None else ""
+            ctx.weights.setdefault(key, weight)
 
 
 def run_passes(

@@ -19,6 +19,7 @@ from lrcompile.passes import Weight
 from lrcompile.recipe import CALIBRATED, Recipe
 from lrcompile.weights.formats import format_of
 from lrcompile.weights.layers import AdoptedModule, read_extra_state
+from lrcompile.weights.library import as_dense
 from lrcompile.weights.make import Maker, computed, empty_leaves
 from lrcompile.weights.plan import Entry, Plan
 from lrcompile.weights.planner import plan, refuse_adopted
@@ -91,7 +92,8 @@ def adopt(
         needed = bool(inits)
         refuse_adopted(model)
         refuse_wrapped(model)
-        the_plan.check(model)
+        with as_dense(model, numbers=False):
+            the_plan.check(model)
     else:
         raise AdoptError(f"adopt takes a Plan or a Recipe, got {type(plan_or_recipe).__name__}")
     moments: Mapping[str, torch.Tensor] = {}

@@ -274,7 +274,9 @@ def install(module: nn.Module, name: str, leaves: Mapping[str, nn.Parameter], to
     form = Form.of(told)
     assert form is not None
     made = adopted_class(base, (*forms, (name, form)))  # type: ignore[arg-type]
-    dtypes = {**module.__dict__.get("lr_dtypes", {}), name: module._parameters[name].dtype}  # type: ignore[union-attr]
+    was = module._parameters[name].dtype  # type: ignore[union-attr]
+    dtype = was if was.is_floating_point else form.torch_dtype  # a library's packed weight has none of its own
+    dtypes = {**module.__dict__.get("lr_dtypes", {}), name: dtype}
     module._parameters.clear()
     module._parameters.update(replaced)
     # Past the module's own __setattr__, which may refuse.

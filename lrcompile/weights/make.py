@@ -10,9 +10,10 @@ from torch import nn
 
 from lrcompile.kernels.compose import DENSE
 from lrcompile.weights.form import Form, run, store
-from lrcompile.weights.formats import dequantise, quantise
+from lrcompile.weights.formats import Quantised, dequantise, quantise
 from lrcompile.weights.initialise import Start, initialise
 from lrcompile.weights.layers import plainly
+from lrcompile.weights.library import held
 from lrcompile.weights.plan import Entry
 
 # weight, entry -> leaves by suffix, relative error (None: not known)
@@ -32,6 +33,8 @@ def computed(recipe: Mapping[str, Any], covariances: Mapping[str, torch.Tensor] 
             return empty_leaves(weight, entry)
         form = entry.form
         assert form is not None
+        if (quantised := held(weight)) is not None:
+            return _beside(quantised, form, entry.key)
         start = initialise(
             weight.detach().T if form.stored_in_out else weight.detach(),
             rank=form.rank,
@@ -57,6 +60,19 @@ def computed(recipe: Mapping[str, Any], covariances: Mapping[str, torch.Tensor] 
         return leaves, start.error
 
     return make
+
+
+def _beside(quantised: Quantised, form: Form, name: str) -> tuple[dict[str, torch.Tensor], float | None]:
+    """A library's packed weight as it is, and a pair that starts at zero."""
+    leaves = _stored(form, "base", quantised.packed)
+    if form.rank is not None:
+        dense = dequantise(*quantised)
+        start = initialise(
+            dense, rank=form.rank, init="zero", dense_base=True, scale=form.scale, pair_dtype=form.torch_pair_dtype, name=name
+        )
+        assert start.weight_a is not None and start.weight_b is not None
+        leaves |= {"_a": start.weight_a, "_b": start.weight_b}
+    return leaves, 0.0
 
 
 def _stored(form: Form, part: str, packed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -103,14 +119,15 @@ def parameters(weight: nn.Parameter, entry: Entry, make: Maker) -> tuple[dict[st
     assert form is not None
     with plainly(weight):
         tensors, error = make(weight, entry)
+        quantised = held(weight) is not None  # frozen always: a pair beside it is there to be trained
         leaves = {
-            suffix: nn.Parameter(tensor, requires_grad=weight.requires_grad and form.leaves[suffix].pair)
+            suffix: nn.Parameter(tensor, requires_grad=(weight.requires_grad or quantised) and form.leaves[suffix].pair)
             for suffix, tensor in tensors.items()
         }
         for leaf in leaves.values():
-            leaf.__dict__.update(weight.__dict__)
+            leaf.__dict__.update({} if quantised else weight.__dict__)
         # Not to leaves that are yet to be filled: a gradient at zero is none of the values that will be loaded.
-        gradient = None if make is empty_leaves or weight.is_meta else weight.grad
+        gradient = None if make is empty_leaves or weight.is_meta or quantised else weight.grad
         if gradient is not None and any(leaf.requires_grad for leaf in leaves.values()):
             gradient = gradient.to_dense() if gradient.is_sparse else gradient
             gradient = run("t", gradient) if form.stored_in_out else gradient

@@ -17,6 +17,7 @@ from lrcompile.passes import PassContext, Weight, pass_list
 from lrcompile.recipe import Recipe, as_recipe
 from lrcompile.weights.initialise import spectrum
 from lrcompile.weights.layers import AdoptedModule
+from lrcompile.weights.library import as_dense
 from lrcompile.weights.plan import Entry, Plan, describe
 from lrcompile.words import fold
 
@@ -44,10 +45,11 @@ def plan(
     """
     recipe = as_recipe(recipe, example_inputs)
     refuse_adopted(model)
-    captured = capture(model, example_inputs)
-    ctx = context_for(model, captured, recipe, covariances)
-    run_passes(captured, pass_list(recipe, weights=True, program=False, rewrites=False), ctx)
-    return plan_from(model, ctx, captured)
+    with as_dense(model, numbers=False):
+        captured = capture(model, example_inputs)
+        ctx = context_for(model, captured, recipe, covariances)
+        run_passes(captured, pass_list(recipe, weights=True, program=False, rewrites=False), ctx)
+        return plan_from(model, ctx, captured)
 
 
 def context_for(
@@ -139,7 +141,7 @@ def entry_of(w: Weight, recipe: Recipe) -> Entry:
         entry,
         base=form.base,
         factors=form.factors,
-        init=recipe.start,
+        init="zero" if w.held else recipe.start,
         scale=form.scale,
         pair_dtype=form.pair_dtype,
     )

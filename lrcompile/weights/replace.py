@@ -22,6 +22,7 @@ from lrcompile.weights.factor import check_finite
 from lrcompile.weights.form import Form, store
 from lrcompile.weights.formats import dequantise, format_of, quantise
 from lrcompile.weights.layers import AdoptedModule, adopted_class, dense_weight, install, remove
+from lrcompile.weights.library import held, to_plain_linear
 from lrcompile.weights.make import Maker, parameters
 from lrcompile.weights.plan import Entry
 from lrcompile.words import fold_lines
@@ -133,6 +134,8 @@ def _refuse_class(module: nn.Module, name: str, entry: Entry) -> None:
     """The subclass that the module will be of is made now: a base with rules for its subclasses may refuse."""
     base, forms = (module.lr_base, module.lr_forms) if isinstance(module, AdoptedModule) else (type(module), ())
     assert entry.form is not None
+    if held(module._parameters[name]) is not None:  # type: ignore[arg-type]
+        base = nn.Linear
     try:
         adopted_class(base, (*forms, (name, entry.form)))  # type: ignore[arg-type]
     except Exception as error:
@@ -150,6 +153,7 @@ def carry_out(changes: Sequence[Change], live: Live, make: Maker, recipe: dict[s
         leaves, error = parameters(weight, change.entry, make)
         entry = replace(change.entry, error=error)
         for module, name in live.owners[id(weight)]:
+            to_plain_linear(module)
             install(module, name, leaves, asdict(entry))
         settle(leaves.values(), recipe)
         follow_leaves(live.optimizers, weight, _pair(leaves, entry.form))

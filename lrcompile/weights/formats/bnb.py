@@ -103,6 +103,26 @@ class FourBit:
         )
 
 
+    def module(self, in_features: int, out_features: int, bias: bool, weight: Any, dtype: torch.dtype) -> Any:
+        """A Linear4bit around an exported weight; the caller gives it its bias."""
+        with torch.device("meta"):
+            made = _library().nn.Linear4bit(
+                in_features, out_features, bias, dtype, self.nested, self.kind, weight.quant_storage
+            )
+        made.weight = weight
+        weight.module = made
+        made.quant_state = weight.quant_state
+        return made
+
+    def module(self, in_features: int, out_features: int, bias: bool, weight: Any, dtype: torch.dtype) -> Any:
+        """A Linear4bit around an exported weight; the caller gives it its bias."""
+        with torch.device("meta"):
+            made = _library().nn.Linear4bit(in_features, out_features, bias, dtype, self.nested, self.kind)
+        made.weight = weight
+        weight.module, made.quant_state = made, weight.quant_state
+        return made
+
+
 @dataclass(frozen=True)
 class RowWise:
     """int8, each row scaled by its largest magnitude; the weight goes through fp16 first, as bitsandbytes has it."""
@@ -130,6 +150,13 @@ class RowWise:
     def export(self, packed: Packed, shape: tuple[int, int], dtype: torch.dtype) -> Any:
         codes = packed["weight"]
         return _library().nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=packed["SCB"])
+
+    def module(self, in_features: int, out_features: int, bias: bool, weight: Any, dtype: torch.dtype) -> Any:
+        """A Linear8bitLt around an exported weight; the caller gives it its bias."""
+        with torch.device("meta"):
+            made = _library().nn.Linear8bitLt(in_features, out_features, bias, has_fp16_weights=False)
+        made.weight = weight
+        return made
 
 
 def read(weight: Any) -> Quantised | None:
