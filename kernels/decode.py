@@ -26,6 +26,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lrcompile.kernels.launch import DTYPES
+
 # The NF4 quantiles as published in 2305.14314, appendix E; FP4's eight magnitudes relative to the largest, 12.
 NF4 = (
     -1.0,
@@ -92,8 +94,10 @@ def misfit(packed: Sequence[Tensor], layout: str, group: int, in_features: int) 
         return "codes are a matrix, and groups divide its columns"
     elif layout == "int4":
         scales = ((k // group, codes.shape[0]), packed[1].dtype)
-        if not packed[1].is_floating_point():
-            return "scales and zero points are floating"
+        if packed[1].dtype not in DTYPES:
+            return f"scales and zero points are {packed[1].dtype}, none of {', '.join(map(str, DTYPES))}"
+        if k % 2:
+            return f"two columns share a byte, and {k} is odd"
         wanted = [((codes.shape[0], k // 2), torch.int8), scales, scales]
     else:
         scale = (codes.shape[0],) if layout == "int8_row" else (codes.shape[0], k // (group or k))

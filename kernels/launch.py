@@ -47,6 +47,10 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+# What operators take. Kernels of ours are for all but fp64; other floating types (float8) have products elsewhere.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
 def describe(device: torch.device) -> cost.Device | None:
     """The table's entry for a CUDA or ROCm device; None where our Triton kernels don't run."""
     if device.type != "cuda" or not _has_triton():
@@ -135,6 +139,19 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32() else "single"
 
 
+# What `force` may name: an operator's implementations.
+VARIANTS = {
+    "lowrank_linear": ("fused", "narrow", "gemms"),
+    "lowrank_linear_backward": ("shared", "gemms"),
+    "lowrank_group": ("fused", "joined", "gemms"),
+    "lowrank_epilogue": ("fused", "narrow", "gemms"),
+    "lowrank_epilogue_backward": ("fused", "gemms"),
+    "quant_linear": ("fused", "gemms"),
+    "quant_linear_backward": ("fused", "gemms"),
+    "quant_lowrank_linear": ("fused", "gemms"),
+    "quant_lowrank_linear_backward": ("fused", "gemms"),
+}
+
 _forced: dict[str, str] = {}
 
 
@@ -143,8 +160,12 @@ def force(**variants: str) -> Iterator[None]:
     """Make ops use one implementation whatever the cost model says: `force(lowrank_linear="gemms")`.
 
     Global, since autograd runs backward in threads of its own. An implementation that can't take the operands raises
-    KernelError when the operator runs.
+    KernelError when the operator runs; so does a name that VARIANTS lacks, here.
     """
+    for op, variant in variants.items():
+        if variant not in VARIANTS.get(op, ()):
+            told = "; ".join(f"{name}: {', '.join(known)}" for name, known in VARIANTS.items())
+            raise KernelError(f"force({op}={variant!r}) names nothing; there are {told}")
     before = dict(_forced)
     _forced.update(variants)
     try:
@@ -164,15 +185,16 @@ def pick(op: str, x: Tensor, device: cost.Device | None, predict: Callable[[cost
         predict: the cost model.
 
     Raises:
-        KernelError: our kernel was forced and there is no GPU, or no Triton, to run it.
+        KernelError: our kernel was forced on fp64, or where there is no GPU, or no Triton, to run it.
     """
     variant = _forced.get(op)
     if variant is not None and variant != "gemms" and device is None:
         raise KernelError(f"{op}: the {variant!r} implementation needs Triton and a known GPU, not {x.device}")
-    if variant is not None:
-        return variant
-    ours = device is not None and x.numel() > 0 and x.dtype != torch.float64
-    return predict(device).variant if ours and device is not None else "gemms"
+    if variant is not None and variant != "gemms" and x.dtype == torch.float64:
+        raise KernelError(f"{op}: the {variant!r} implementation is not for {x.dtype}; force 'gemms', or cast")
+    if device is None or x.numel() == 0 or x.dtype == torch.float64:
+        return "gemms"
+    return variant or predict(device).variant
 
 
 def need(tile: Tile | None, op: str, variant: str) -> Tile:

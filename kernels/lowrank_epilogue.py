@@ -168,15 +168,18 @@ def _reads_z(kind: str, of_other: bool) -> bool:
 
 def check(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, kind: str, other: Tensor | None) -> None:
     """Raise KernelError for operands that don't fit together."""
-    lowrank_linear.check(x, a, b, bias)
+    lowrank_linear.check(x, a, b, bias, FAMILY)
     if kind not in KINDS:
         raise KernelError(f"lowrank_epilogue: kind {kind!r} is none of {', '.join(KINDS)}")
     if (KINDS[kind].join != "") != (other is not None):
         raise KernelError(f"lowrank_epilogue: {kind!r} {'takes no' if other is not None else 'needs an'} other operand")
     shape = (*x.shape[:-1], b.shape[0])
-    if other is not None and (other.shape != shape or not other.is_floating_point() or other.device != x.device):
-        told = f"other is {tuple(other.shape)} {other.dtype} on {other.device}"
-        raise KernelError(f"lowrank_epilogue: {told}; a floating {tuple(shape)} on {x.device} fits")
+    if other is not None and (other.shape != shape or other.dtype not in launch.DTYPES or other.device != x.device):
+        told, known = (
+            f"other is {tuple(other.shape)} {other.dtype} on {other.device}",
+            ", ".join(map(str, launch.DTYPES)),
+        )
+        raise KernelError(f"lowrank_epilogue: {told}; {tuple(shape)} on {x.device} of one of {known} fits")
 
 
 def _plan(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor, Device | None, Shape]:
@@ -224,6 +227,9 @@ def _backward(
 
     needed: whether dz (and with it x @ weight_aᵀ) and dother are.
     """
+    check(x, a, b, bias, kind, other)
+    if dy.shape != (*x.shape[:-1], b.shape[0]):
+        raise KernelError(f"lowrank_epilogue_backward: dY {tuple(dy.shape)} doesn't fit x {tuple(x.shape)}")
     flat, device, shape = _plan(x, a, b, bias)
     flat_dy, gate, (of_z, of_other) = rows(dy), None if other is None else rows(other), needed
     dtype = None if gate is None else gate.dtype

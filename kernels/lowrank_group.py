@@ -181,7 +181,7 @@ def check(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], bias: Sequence[Te
         counts = f"{len(a)} weight_a, {len(b)} weight_b, {len(bias)} bias"
         raise KernelError(f"lowrank_group: {counts}; as many of each are wanted, a pair at least, or no bias at all")
     for i, (left, right) in enumerate(zip(a, b, strict=True)):
-        lowrank_linear.check(x, left, right, bias[i] if bias else None)
+        lowrank_linear.check(x, left, right, bias[i] if bias else None, f"lowrank_group, pair {i}")
 
 
 def _shapes(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], bias: bool) -> tuple[Shape, ...]:
@@ -225,6 +225,12 @@ def _backward(
     needed: of every weight_a, every weight_b and every bias. x may be None where no weight's gradient is needed.
     """
     count = len(a)
+    if not count == len(b) == len(dy) == len(needed) / 3:
+        raise KernelError(
+            f"lowrank_group_backward: {len(dy)} dY, {count} weight_a, {len(b)} weight_b don't fit together"
+        )
+    for i, pair in enumerate(zip(dy, a, b, strict=True)):
+        lowrank_linear.check_backward(f"lowrank_group_backward, pair {i}", pair[0], x, None, *pair[1:])
     of_a, of_b, of_bias = (needed[i * count : (i + 1) * count] for i in range(3))
     flat = None if x is None else rows(x)
     if flat is None and any(of_a + of_b):

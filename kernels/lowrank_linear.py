@@ -141,21 +141,34 @@ def forward_seconds(shape: Shape, size: int, precision: str, device: Device) -> 
     return predicted
 
 
-def check(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+def check(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, op: str = FAMILY) -> None:
     """Raise KernelError for operands that don't fit together."""
     if a.dim() != 2 or b.dim() != 2 or x.dim() < 1:
-        raise KernelError("lowrank_linear: x needs a dimension at least, weight_a and weight_b are matrices")
+        raise KernelError(f"{op}: x needs a dimension at least, weight_a and weight_b are matrices")
     shapes = f"x {tuple(x.shape)}, weight_a {tuple(a.shape)}, weight_b {tuple(b.shape)}"
     if x.shape[-1] != a.shape[1] or a.shape[0] != b.shape[1]:
-        raise KernelError(f"lowrank_linear: {shapes} don't fit; (.., in), (rank, in) and (out, rank) do")
+        raise KernelError(f"{op}: {shapes} don't fit; (.., in), (rank, in) and (out, rank) do")
     if bias is not None and tuple(bias.shape) != (b.shape[0],):
-        raise KernelError(f"lowrank_linear: bias {tuple(bias.shape)} doesn't fit weight_b {tuple(b.shape)}")
+        raise KernelError(f"{op}: bias {tuple(bias.shape)} doesn't fit weight_b {tuple(b.shape)}")
     given = [t for t in (x, a, b, bias) if t is not None]
-    if len({t.dtype for t in given}) > 1 or not x.is_floating_point():
-        told = ", ".join(str(t.dtype) for t in given)
-        raise KernelError(f"lowrank_linear: {told} differ or aren't floating; cast to one dtype, or enter autocast")
+    if len({t.dtype for t in given}) > 1 or x.dtype not in launch.DTYPES:
+        told, known = (", ".join(map(str, dtypes)) for dtypes in ([t.dtype for t in given], launch.DTYPES))
+        raise KernelError(f"{op}: operands are {told}; cast to one of {known}, or enter autocast")
     if len({t.device for t in given}) > 1:
-        raise KernelError(f"lowrank_linear: operands on {', '.join(str(t.device) for t in given)}; move them to one")
+        raise KernelError(f"{op}: operands on {', '.join(str(t.device) for t in given)}; move them to one")
+
+
+def check_backward(op: str, dy: Tensor, x: Tensor | None, h: Tensor | None, a: Tensor, b: Tensor) -> None:
+    """Raise KernelError for operands of a backward that don't fit together: a kernel would read beyond them."""
+    tokens = dy.shape[:-1]
+    fits = a.dim() == b.dim() == 2 and (*tokens, *b.shape) == (*dy.shape, a.shape[0])
+    fits = fits and (x is None or x.shape == (*tokens, a.shape[1]))
+    if not fits or (h is not None and h.shape != (math.prod(tokens), a.shape[0])):
+        told = f"dY {tuple(dy.shape)}, x {None if x is None else tuple(x.shape)}, weight_a {tuple(a.shape)}"
+        raise KernelError(f"{op}: {told}, weight_b {tuple(b.shape)} don't fit, or x @ weight_aᵀ that was kept doesn't")
+    given = [t for t in (dy, x, h, a, b) if t is not None]
+    if len({t.dtype for t in given}) > 1:
+        raise KernelError(f"{op}: operands are {', '.join(str(t.dtype) for t in given)}; give them one dtype")
 
 
 def _compute(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
@@ -286,6 +299,7 @@ def _backward(
     h (tokens, rank) is x @ weight_aᵀ where it was kept. x may be None where no gradient needs it.
     """
     of_x, of_a, of_b, of_bias = needed
+    check_backward(f"{FAMILY}_backward", dy, x, h, a, b)
     flat_dy, device = rows(dy), launch.describe(dy.device)
     flat = None if x is None else rows(x)
     shape = Shape(flat_dy.shape[0], a.shape[1], b.shape[0], a.shape[0], of_bias)

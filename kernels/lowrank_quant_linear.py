@@ -72,6 +72,7 @@ def _forward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed_a, ctx.layout_a, ctx.group_a, packed_b, ctx.layout_b, ctx.group_b, _ = inputs
+    quant_linear.frozen(FAMILY, (*packed_a, *packed_b))
     ctx.in_features, ctx.of_a = x.shape[-1], len(packed_a)
     ctx.rank = decode.out_features(packed_a, ctx.layout_a, ctx.in_features)
     ctx.save_for_backward(*packed_a, *packed_b)

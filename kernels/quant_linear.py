@@ -170,9 +170,12 @@ def check(op: str, x: Tensor, packed: Sequence[Tensor], layout: str, group: int,
     wrong = decode.misfit(packed, layout, group, k) if k else "x needs features"
     if wrong:
         raise KernelError(f"{op}: x {tuple(x.shape)} and an {layout} weight in groups of {group}: {wrong}")
-    if not x.is_floating_point() or (bias is not None and bias.dtype != x.dtype):
-        told = f"x is {x.dtype}" + ("" if bias is None else f", the bias {bias.dtype}")
-        raise KernelError(f"{op}: {told}; give both one floating dtype, or enter autocast")
+    if x.dtype not in launch.DTYPES or (bias is not None and bias.dtype != x.dtype):
+        told, known = (
+            f"x is {x.dtype}" + ("" if bias is None else f", the bias {bias.dtype}"),
+            ", ".join(map(str, launch.DTYPES)),
+        )
+        raise KernelError(f"{op}: {told}; give both one dtype of {known}, or enter autocast")
     if bias is not None and tuple(bias.shape) != (decode.out_features(packed, layout, k),):
         raise KernelError(
             f"{op}: bias {tuple(bias.shape)} doesn't fit {decode.out_features(packed, layout, k)} columns"
@@ -180,6 +183,19 @@ def check(op: str, x: Tensor, packed: Sequence[Tensor], layout: str, group: int,
     devices = {t.device for t in (x, *packed, *([] if bias is None else [bias]))}
     if len(devices) > 1:
         raise KernelError(f"{op}: operands on {', '.join(sorted(map(str, devices)))}; move them to one device")
+
+
+def frozen(op: str, packed: Sequence[Tensor]) -> None:
+    """Raise KernelError for a quantised weight that is to be trained: its gradient would silently be none."""
+    if any(t.requires_grad for t in packed):
+        raise KernelError(f"{op}: a quantised weight is frozen, and a tensor of it wants a gradient; detach it")
+
+
+def check_backward(op: str, dy: Tensor, packed: Sequence[Tensor], layout: str, group: int, in_features: int) -> None:
+    """Raise KernelError where the gradient of the result doesn't fit the weight: a kernel would read beyond it."""
+    wrong = decode.misfit(packed, layout, group, in_features)
+    if wrong or dy.shape[-1] != decode.out_features(packed, layout, in_features):
+        raise KernelError(f"{op}: dY {tuple(dy.shape)} doesn't fit an {layout} weight of {in_features} columns {wrong}")
 
 
 def dense(packed: Sequence[Tensor], layout: str, group: int, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -222,6 +238,7 @@ def _forward_fake(x: Tensor, packed: Sequence[Tensor], layout: str, group: int, 
 
 def _backward(dy: Tensor, packed: Sequence[Tensor], layout: str, group: int, in_features: int) -> Tensor:
     """dX (..., in_features)."""
+    check_backward(f"{FAMILY}_backward", dy, packed, layout, group, in_features)
     packed, flat = [t.contiguous() for t in packed], rows(dy)
     device = launch.describe(dy.device)
     shape = shape_of(flat.shape[0], in_features, packed, layout, group)
@@ -243,6 +260,7 @@ def _backward_fake(dy: Tensor, packed: Sequence[Tensor], layout: str, group: int
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed, ctx.layout, ctx.group, _ = inputs
+    frozen(FAMILY, packed)
     ctx.in_features = x.shape[-1]
     ctx.save_for_backward(*packed)
 

@@ -11,6 +11,7 @@ are quant_linear's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lrcompile.errors import KernelError
-from lrcompile.kernels import launch, quant_linear
+from lrcompile.kernels import launch, lowrank_linear, quant_linear
 from lrcompile.kernels.launch import rows
 from lrcompile.kernels.op import register
 from lrcompile.kernels.quant_linear import dense, predict_backward, predict_forward, shape_of, splits_for, tile_for
@@ -74,6 +75,8 @@ def _forward(
     bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     check(x, packed, layout, group, a, b, bias)
+    if not math.isfinite(factor):  # the library takes a factor of NaN for none
+        raise KernelError(f"{FAMILY}: the factor of the pair is {factor}; give a finite one")
     packed, flat = [t.contiguous() for t in packed], rows(x)
     m, k = flat.shape
     device = launch.describe(x.device)
@@ -109,6 +112,8 @@ def _backward(
     x is None where only its own gradient is.
     """
     of_x, of_a, of_b = needed
+    quant_linear.check_backward(f"{FAMILY}_backward", dy, packed, layout, group, a.shape[1])
+    lowrank_linear.check_backward(f"{FAMILY}_backward", dy, x, None, a, b)
     packed = [t.contiguous() for t in packed]
     flat_dy, flat = rows(dy), None if x is None else rows(x)
     dx, da, db = (dy.new_empty(0) for _ in needed)
@@ -145,6 +150,7 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed, ctx.layout, ctx.group, a, b, ctx.factor, _ = inputs
+    quant_linear.frozen(FAMILY, packed)
     # Here, other than in backward, torch counts each tensor of a list. A frozen pair needs nothing of x.
     of_a, of_b = ctx.needs_input_grad[len(packed) + 3 : len(packed) + 5]
     ctx.save_for_backward(x if of_a or of_b else None, a, b, *packed)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from lrcompile.bench import main as bench
 from lrcompile.bench.contenders import FORMATS, Case, cases, contenders, expected
 from lrcompile.bench.kernels import Result, Row, picture, run
 from lrcompile.cost import device_named
@@ -70,7 +74,11 @@ def test_results_are_kept_and_shown(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert Result.read(path).rows[0].case == PAIR
     run(show=path)
     said = capsys.readouterr().out
-    assert "TOY GPU" in said and "RuntimeError: no" in said and "3 cases were not reached" in said
+    assert "TOY GPU" in said and "3 cases were not reached" in said
+    assert "torchao was not measured: RuntimeError: no" in said
+    line = next(line for line in said.splitlines() if " ours " in line)
+    assert line.split()[-7:-2] == ["ours", "10", "30", "0.5", "1.05"]  # µs, µs, part of the roofline, MB; the model's
+    assert max(map(len, said.splitlines())) <= 80
     pytest.importorskip("matplotlib")
     picture(result, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").stat().st_size > 1000
@@ -79,9 +87,54 @@ def test_results_are_kept_and_shown(tmp_path: Path, capsys: pytest.CaptureFixtur
         run(show=tmp_path / "bad.json")
 
 
-def test_without_a_gpu_the_expected_figures_stand_beside_empty_columns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_the_expected_figures_stand_beside_empty_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    run(quick=True, target="A100")
+    run(quick=True, target="A100", out=tmp_path)
     said = capsys.readouterr().out
     assert "A100, expected by the cost model and not measured: no GPU here" in said
+    assert f"nothing was measured, so nothing is written to {tmp_path}" in said and not list(tmp_path.iterdir())
+    case = list(cases())[0]
+    both = expected(case, device_named("A100"))["library"]
+    line = next(line for line in said.splitlines() if " library " in line)
+    assert line.split() == ["library", *(f"{float(f'{1e6 * seconds:.3g}'):g}" for seconds in both)]
+    run(target="H100")
+    said = capsys.readouterr().out
+    assert "…" not in said and "e+" not in said and max(map(len, said.splitlines())) <= 80
+    assert said.count("ours") > len(list(cases()))
+
+
+STUB = """#!/usr/bin/env bash
+printf "%s\\n" "$*" >>"$LOG"
+[[ "$*" != *"$FAILS"* ]]
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+@pytest.mark.parametrize("fails", ["", "torch.cuda", "-m gpu", "bench kernels", "bench step"])
+def test_the_gpu_script_runs_all_there_is_and_fails_where_a_part_does(tmp_path: Path, root: Path, fails: str) -> None:
+    (tmp_path / "python").write_text(STUB)
+    (tmp_path / "python").chmod(0o755)
+    log, out = tmp_path / "log", tmp_path / "out"
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), "FAILS": fails or "nothing"}
+    script = ["bash", str(root / "examples" / "gpu.sh"), str(out)]
+    done = subprocess.run(script, env=env, capture_output=True, text=True)
+    assert (done.returncode == 0) == (not fails), done.stderr
+    ran = log.read_text().splitlines()
+    if fails == "torch.cuda":
+        assert "no GPU" in done.stderr and len(ran) == 2
+        return
+    assert [line.split()[1] for line in ran[2:]] == ["pytest", "lrcompile.cli", "lrcompile.cli"]
+    assert (root / ran[2].split()[-1]).is_dir()
+    assert {file.name for file in out.iterdir()} == {"gpu-tests.txt", "gpu-bench.txt", "gpu-step.txt"}
+    called: list[dict[str, object]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("kernels", "step"):
+            patch.setattr(f"lrcompile.bench.{name}.run", lambda **options: called.append(options))
+        for line in ran[3:]:
+            bench(line.split()[3:])
+    assert (
+        called[0] == {"quick": False, "out": out, "show": None, "minutes": 4.0, "target": "H100"} and len(called) == 2
+    )

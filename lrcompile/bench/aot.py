@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from importlib import resources
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -23,33 +24,32 @@ def run(*, quick: bool = False) -> None:
 
     files = resources.files(lrcompile.kernels).joinpath("tuning").iterdir()
     families = sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
-    table = Table(title="Ahead-of-time compilation", title_justify="left", header_style="bold")
-    table.add_column("kernel")
-    for column in (
-        "configs",
-        "target",
-        "shared KiB, most of allowed",
-        "registers, most",
-        "spilled bytes, most",
-        "matrix units",
-    ):
+    title = "Ahead-of-time compilation: the most that any configuration uses"
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=0)
+    table.add_column("kernel", no_wrap=True)
+    for column in ("target", "configs", "shared KiB\nof allowed", "registers", "spilled\nbytes", "matrix\nunits"):
         table.add_column(column, justify="right")
     bad = 0
     for family in families[:1] if quick else families:
         told = shipped(family)
         bad += sum(not row["fits"] for row in told)
+        last = ""
         for kernel, arch in dict.fromkeys((row["kernel"], row["arch"]) for row in told):
+            name = f"{family}: {kernel}"
+            if name != last:
+                table.add_section()
             rows = [row for row in told if (row["kernel"], row["arch"]) == (kernel, arch)]
             most = {name: max(row[name] for row in rows) for name in ("shared_bytes", "registers", "spilled_bytes")}
             table.add_row(
-                f"{family}: {kernel}",
-                str(len(rows)),
+                "" if name == last else name,
                 arch,
+                str(len(rows)),
                 f"{most['shared_bytes'] / 1024:.0f} of {SHARED_BYTES[arch] / 1024:.0f}",
                 str(most["registers"]),
                 str(most["spilled_bytes"]),
                 f"{sum(row['tensor_cores'] for row in rows)} of {len(rows)}",
             )
-    Console(width=None if Console().is_terminal else 120).print(table)
+            last = name
+    Console(width=None if Console().is_terminal else 80).print(table)
     if bad:
         raise LrcompileError(f"{bad} configuration(s) don't fit their target")

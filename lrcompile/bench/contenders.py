@@ -161,7 +161,7 @@ def contenders(case: Case, compiled: bool, device: str = "cuda") -> Iterator[tup
         if compiled:
             torch._dynamo.reset()
             fast = torch.compile(thin, mode="max-autotune-no-cudagraphs", dynamic=False)
-            yield "torch.compile max-autotune", lambda: (lambda: fast(x, a, b), (x, a, b))
+            yield "max-autotune", lambda: (lambda: fast(x, a, b), (x, a, b))
         return
     form = format_of(case.form)
     stored = quantise(form, w.detach())

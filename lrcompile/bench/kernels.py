@@ -12,10 +12,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -112,6 +114,8 @@ def run(
                 rows,
             )
         )
+        if out is not None:
+            print(f"nothing was measured, so nothing is written to {out}")
         return
     result = Result(torch.cuda.get_device_name(), torch.__version__, *_peaks(), rows=[])
     start = time.monotonic()
@@ -189,32 +193,45 @@ def _print(result: Result) -> None:
     title = f"{result.device}, torch {result.torch}"
     if result.bandwidth and result.rate:
         title += f": copy {result.bandwidth / 1e12:.2f} TB/s, bf16 products {result.rate / 1e12:.0f} TFLOP/s"
-    table = Table(title=title, title_justify="left", header_style="bold")
-    left = ("case", "layer", "what")
-    for column in (*left[:2], "tokens", "rank", left[2], "fwd µs", "both µs", "roofline", "peak MB", "expected µs"):
-        table.add_column(column, justify="left" if column in left else "right", overflow="fold")
-    last = None
+    console = Console(width=None if Console().is_terminal else 80)
+    console.print(title, style="bold", highlight=False)
+    console.print("fwd, both: µs of forward, of forward and backward, measured; empty without a GPU")
+    console.print("roof: part of the roofline reached; model: what the cost model expects")
+    console.print("library: cuBLAS products (of a decoded weight); max-autotune: torch.compile's\n")
+    kinds: dict[str, list[Row]] = {}
     for row in result.rows:
-        case = row.case
-        new = case != last
-        if new and last is not None:
-            table.add_section()
-        last = case
-        where = (f"{case.family} {case.form}".strip(), f"{case.model} {case.in_features}→{case.out_features}")
-        told = "" if row.expected is None else " / ".join(_short(t, 1e6) for t in row.expected)
-        table.add_row(
-            *(where if new else ("", "")), str(case.tokens) if new else "", str(case.rank or "") if new else "", row.name,
-            row.error or _short(row.forward, 1e6), _short(row.both, 1e6), _short(row.roofline, 1),
-            _short(row.peak_bytes, 1e-6), told,
-        )  # fmt: skip
-    console = Console(width=None if Console().is_terminal else 150)
-    console.print(table)
+        kinds.setdefault(f"{row.case.family} {row.case.form}".strip(), []).append(row)
+    for kind, found in kinds.items():
+        console.print(_table(kind, found))
+        for told in dict.fromkeys(f"{row.name} was not measured: {row.error}" for row in found if row.error):
+            console.print(told, highlight=False)
     if result.not_reached:
         console.print(f"{result.not_reached} cases were not reached in the time given (--minutes)")
 
 
+def _table(kind: str, found: list[Row]) -> Table:
+    """The cases of one kernel family, in a width of 80."""
+    table = Table(title=kind, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=0)
+    table.add_column("case", no_wrap=True)
+    table.add_column("what", no_wrap=True)
+    for column in ("fwd", "both", "roof", "peak\nMB", "model\nfwd", "model\nboth"):
+        table.add_column(column, justify="right", no_wrap=True, min_width=5)
+    for case, rows in groupby(found, key=lambda row: row.case):
+        size = f"{case.tokens} token{'s' * (case.tokens > 1)}" + (f", rank {case.rank}" if case.rank else "")
+        where = iter((f"{case.model} {case.in_features}→{case.out_features}", size))
+        for row in rows:
+            times = [_short(t, 1e6) for t in (row.forward, row.both, *(row.expected or (None, None)))]
+            told = (_short(row.roofline, 1), _short(row.peak_bytes, 1e-6))
+            table.add_row(next(where, ""), row.name, *times[:2], *told, *times[2:])
+        for line in where:
+            table.add_row(line)
+        table.add_section()
+    return table
+
+
 def _short(number: float | None, scale: float) -> str:
-    return "" if number is None else f"{number * scale:.3g}"
+    """Three digits, no exponent up to a million."""
+    return "" if number is None else f"{float(f'{number * scale:.3g}'):g}"
 
 
 def picture(result: Result, path: Path) -> None:

@@ -27,11 +27,13 @@ def assert_as_good(
     """At most 1.25 times the error of the unfused computation; same shape and dtype.
 
     independent: the two round different intermediates, so that their errors are two samples: the RMS of n of them is
-    known to one part in sqrt(2 n), and is given three times that.
+    known to one part in sqrt(2 n), and is given three times that. In fp32 they always do: it rounds all along a sum, in
+    an order that is the processor's own, where 16 bits round the results alone.
     """
     assert got.shape == unfused.shape and got.dtype == unfused.dtype, (what, got.shape, unfused.shape, got.dtype)
     ours, theirs = rms_error(got, exact), rms_error(unfused, exact)
-    factor = 1.25 * (1 + 3 / (2 * got.numel()) ** 0.5) if independent and got.numel() else 1.25
+    samples = (independent or got.dtype == torch.float32) and got.numel() > 0
+    factor = 1.25 * (1 + 3 / (2 * got.numel()) ** 0.5) if samples else 1.25
     assert ours <= factor * theirs + FLOOR[got.dtype], f"{what}: {ours:.3g} against {theirs:.3g} unfused"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lrcompile import cost
+from lrcompile.errors import KernelError
 from lrcompile.kernels import launch
 from lrcompile.kernels.launch import padded, rows, tuned
 
@@ -86,16 +87,25 @@ def test_force_ends_with_its_block():
     def predict(device: cost.Device) -> cost.Choice:
         return cost.Choice("fused", 1.0, 2.0)
 
-    device = cost.DEVICES[0]
-    assert launch.pick("op", x, device, predict) == "fused"
-    assert launch.pick("op", x, None, predict) == launch.pick("op", x[:0], device, predict) == "gemms"
-    with launch.force(op="narrow"):
-        with launch.force(op="gemms", other="fused"):
-            assert launch.pick("op", x, device, predict) == "gemms"
-        assert launch.pick("op", x, device, predict) == "narrow"
-    with pytest.raises(ValueError), launch.force(op="narrow"):
+    device, op = cost.DEVICES[0], "lowrank_linear"
+    assert launch.pick(op, x, device, predict) == "fused"
+    assert launch.pick(op, x, None, predict) == launch.pick(op, x[:0], device, predict) == "gemms"
+    with launch.force(lowrank_linear="narrow"):
+        with launch.force(lowrank_linear="gemms", lowrank_group="fused"):
+            assert launch.pick(op, x, device, predict) == "gemms"
+        assert launch.pick(op, x, device, predict) == "narrow"
+    with pytest.raises(ValueError), launch.force(lowrank_linear="narrow"):
         raise ValueError
-    assert launch.pick("op", x, device, predict) == "fused"
+    assert launch.pick(op, x, device, predict) == "fused"
+
+
+def test_forcing_what_there_is_not_is_told():
+    for wrong in ({"lowrank_lin": "fused"}, {"lowrank_linear": "shared"}):
+        with pytest.raises(KernelError, match="names nothing; there are lowrank_linear: fused, narrow, gemms;"):
+            launch.force(**wrong).__enter__()
+    x = torch.ones(2, 2, dtype=torch.float64)
+    with launch.force(quant_linear="fused"), pytest.raises(KernelError, match="not for torch.float64; force 'gemms'"):
+        launch.pick("quant_linear", x, cost.DEVICES[0], lambda device: cost.Choice("fused", 1.0, 2.0))
 
 
 def test_the_cpu_has_no_kernels():

@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_told(on_h100: None):
         ((x, packed, layout, 64, bias), r"tensor 1 is \(40, 2\) torch.float32, where \(40, 1\) torch.float32 belongs"),
         ((x, [packed[0].float(), packed[1]], layout, group, bias), "torch.float32, where .* torch.int8 belongs"),
         ((x, packed, layout, group, bias[1:]), r"bias \(39,\)"),
-        ((x.half(), packed, layout, group, bias), "one floating dtype"),
+        ((x.half(), packed, layout, group, bias), "give both one dtype of"),
         ((x, [packed[0].to("meta"), packed[1]], layout, group, bias), "move them to one device"),
     ):
         with pytest.raises(KernelError, match=message):
