@@ -20,7 +20,14 @@ from lrcompile.weights.layers import AdoptedModule, remove
 M = TypeVar("M", bound=nn.Module)
 _STAND_IN = "lr_quantised"
 # What bitsandbytes' modules have beside nn.Linear's attributes.
-_EXTRAS = ("compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu", "state")
+_EXTRAS = (
+    "compute_dtype",
+    "compute_type_is_set",
+    "quant_state",
+    "quant_storage",
+    "support_avx512bf16_for_cpu",
+    "state",
+)
 
 
 def held(weight: torch.Tensor) -> Quantised | None:
@@ -46,6 +53,8 @@ def as_dense(model: nn.Module, *, numbers: bool) -> Iterator[None]:
     """
     before: list[tuple[nn.Module, type[nn.Module], str, nn.Parameter]] = []
     made: dict[int, nn.Parameter] = {}
+    floats = (p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point())
+    usual = next(floats, torch.get_default_dtype())
     try:
         for module in model.modules():
             for name, p in module._parameters.items():
@@ -53,6 +62,8 @@ def as_dense(model: nn.Module, *, numbers: bool) -> Iterator[None]:
                 if p is None or quantised is None:
                     continue
                 if id(p) not in made:
+                    if quantised.format.layout == "int8_row":  # bitsandbytes' computes in what comes in
+                        quantised = quantised._replace(dtype=usual)
                     made[id(p)] = _dense(quantised, numbers)
                 before.append((module, type(module), name, p))
         for module, _, name, p in before:
@@ -113,7 +124,9 @@ def export_quantised(model: M) -> M:
                     f"{full} is {form}, which no library holds: lrcompile.merge(model, weights='nf4') gives bases alone"
                 )
             if module.lr_base is not nn.Linear or weight != "weight" or not name:
-                raise AdoptError(f"{full} is not the weight of an nn.Linear inside the model; the libraries have only those")
+                raise AdoptError(
+                    f"{full} is not the weight of an nn.Linear inside the model; the libraries have only those"
+                )
         wanted.append((name, module))
     if not wanted:
         raise AdoptError("nothing of the model is adopted; there is no quantised weight to export")

@@ -68,7 +68,13 @@ def _beside(quantised: Quantised, form: Form, name: str) -> tuple[dict[str, torc
     if form.rank is not None:
         dense = dequantise(*quantised)
         start = initialise(
-            dense, rank=form.rank, init="zero", dense_base=True, scale=form.scale, pair_dtype=form.torch_pair_dtype, name=name
+            dense,
+            rank=form.rank,
+            init="zero",
+            dense_base=True,
+            scale=form.scale,
+            pair_dtype=form.torch_pair_dtype,
+            name=name,
         )
         assert start.weight_a is not None and start.weight_b is not None
         leaves |= {"_a": start.weight_a, "_b": start.weight_b}

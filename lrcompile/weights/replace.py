@@ -114,7 +114,7 @@ def refuse(changes: Sequence[Change], live: Live, *, computes: bool = True, froz
                 f"{key} has a gradient hook, which has no meaning for the pair that replaces it: register hooks on the "
                 f"leaves after lrcompile.adopt, or leave it dense with exclude=[{key!r}]"
             )
-        if computes:
+        if computes and held(weight) is None:
             check_finite(weight, key)
     refuse_started(live.optimizers, [c.weight for c in changes], [c.entry.key for c in changes])
 

@@ -102,7 +102,6 @@ class FourBit:
             bnb_quantized=True,
         )
 
-
     def module(self, in_features: int, out_features: int, bias: bool, weight: Any, dtype: torch.dtype) -> Any:
         """A Linear4bit around an exported weight; the caller gives it its bias."""
         with torch.device("meta"):
