@@ -149,6 +149,6 @@ def _library_module(adopted: Any) -> nn.Module:
         module = number_format.module(shape[1], shape[0], adopted.bias is not None, weight, dtype)
         module.bias = adopted.bias
         module.train(adopted.training)
-        return module  # type: ignore[no-any-return]
+        return module
     remove(adopted, {"weight": nn.Parameter(weight, requires_grad=False)})
-    return adopted  # type: ignore[no-any-return]
+    return adopted

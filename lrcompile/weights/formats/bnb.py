@@ -113,14 +113,6 @@ class FourBit:
         made.quant_state = weight.quant_state
         return made
 
-    def module(self, in_features: int, out_features: int, bias: bool, weight: Any, dtype: torch.dtype) -> Any:
-        """A Linear4bit around an exported weight; the caller gives it its bias."""
-        with torch.device("meta"):
-            made = _library().nn.Linear4bit(in_features, out_features, bias, dtype, self.nested, self.kind)
-        made.weight = weight
-        weight.module, made.quant_state = made, weight.quant_state
-        return made
-
 
 @dataclass(frozen=True)
 class RowWise:
