@@ -3,6 +3,7 @@
 adopt    seconds to adopt a GPT-2 124M-shaped model at 2.64x
 plan     seconds and memory to plan Llama-2-7B from its config on the meta device
 step     step and compile time of an adopted model against the same low-rank model written by hand, under Inductor
+memory   bytes to finetune Llama-2-7B, by the plan; activations that one block keeps, against peft's QLoRA
 kernels  our kernels against the vendor's library and torch.compile, on a GPU; without one, what the cost model expects
 aot      what every shipped kernel configuration compiles to, for every GPU target; needs no GPU
 
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from lrcompile.errors import LrcompileError
 
-NAMES = ("adopt", "plan", "step", "kernels", "aot")
+NAMES = ("adopt", "plan", "step", "memory", "kernels", "aot")
 
 
 def main(argv: Sequence[str]) -> None:
