@@ -202,8 +202,8 @@ class Recipe:
 
     @classmethod
     def finetune(cls, **changes: Any) -> Recipe:
-        """For finetuning in little memory: NF4 bases with nested scales, pairs of rank 16 in float32, nothing else trained."""
-        preset: dict[str, Any] = {"weights": "nf4-nested", "pair_dtype": "float32", "trainable": ()}
+        """For finetuning in little memory: NF4 bases, pairs of rank 16 in float32, and nothing else trained."""
+        preset: dict[str, Any] = {"weights": "nf4", "pair_dtype": "float32", "trainable": ()}
         if not any(changes.get(dial) is not None for dial in DIALS):
             preset["rank"] = 16
         return cls.from_options({**preset, **changes})

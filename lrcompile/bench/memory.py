@@ -47,8 +47,10 @@ def _states(layers: int) -> Table:
     recipes = {
         "full finetuning, bf16": None,
         f"LoRA, bf16 base, rank {RANK}": Recipe.finetune(weights="dense", init="zero", rank=RANK),
-        f"QLoRA, nested NF4, rank {RANK}": Recipe.finetune(weights="nf4-nested", init="zero", rank=RANK),
+        f"QLoRA, NF4, rank {RANK}": Recipe.finetune(init="zero", rank=RANK),
         f"Recipe.finetune(), rank {RANK}": Recipe.finetune(rank=RANK),
+        "QLoRA, nested NF4": Recipe.finetune(weights="nf4-nested", init="zero", rank=RANK),
+        "Recipe.finetune(), nested": Recipe.finetune(weights="nf4-nested", rank=RANK),
     }
     title = "Llama-2-7B" if layers == 32 else f"Llama-2-7B cut to {layers} layers"
     table = Table(
