@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lrcompile.graph.inspect import Report, inspect
     from lrcompile.recipe import Recipe
     from lrcompile.weights.adopt import adopt, adopt_like, merge
+    from lrcompile.weights.library import export_quantised
     from lrcompile.weights.plan import Plan
     from lrcompile.weights.planner import plan
     from lrcompile.weights.state import load, original_state_dict, save
@@ -47,6 +48,7 @@ _HOME = {
     "adopt": "weights.adopt",
     "adopt_like": "weights.adopt",
     "merge": "weights.adopt",
+    "export_quantised": "weights.library",
     "original_state_dict": "weights.state",
     "save": "weights.state",
     "load": "weights.state",
@@ -67,6 +69,7 @@ __all__ = [
     "adopt",
     "adopt_like",
     "capture",
+    "export_quantised",
     "inspect",
     "load",
     "merge",
