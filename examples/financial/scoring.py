@@ -57,8 +57,8 @@ def label_scores(subject: Subject, prompts: list[str], labels: tuple[str, ...]) 
     longer = max(map(len, tokens)) > 1
     with subject.autocast():
         out = subject.backbone(input_ids=pad(encoded), use_cache=longer)
-        logits = subject.head(out.last_hidden_state[torch.arange(len(prompts)), lengths - 1])
-    first = logits.float().log_softmax(-1)[:, [ids[0] for ids in tokens]]
+    hidden = out.last_hidden_state[torch.arange(len(prompts)), lengths - 1]
+    first = _log_softmax(subject, hidden)[:, [ids[0] for ids in tokens]]
     return first + _further(subject, out.past_key_values, lengths, tokens) if longer else first
 
 
@@ -80,9 +80,15 @@ def _further(subject: Subject, cache: Any, lengths: Tensor, tokens: list[list[in
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        logits = subject.head(hidden).float().log_softmax(-1)
-    found = logits.gather(-1, wanted.repeat(prompts, 1)[..., None])[..., 0] * kept.repeat(prompts, 1)
+    found = _log_softmax(subject, hidden).gather(-1, wanted.repeat(prompts, 1)[..., None])[..., 0] * kept.repeat(
+        prompts, 1
+    )
     return found.sum(1).view(prompts, count)
+
+
+def _log_softmax(subject: Subject, hidden: Tensor) -> Tensor:
+    """log p of every token, in float32 throughout: bfloat16 logits of 20 are 0.125 apart, and labels would tie."""
+    return F.linear(hidden.float(), subject.head.weight.float()).log_softmax(-1)
 
 
 def evaluate(subject: Subject, rows: list[Row], labels: tuple[str, ...], batch_size: int) -> Scores:
