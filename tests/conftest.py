@@ -27,6 +27,9 @@ CHECKED = [
     "lrcompile.weights.plan",
     "lrcompile.weights.planner",
     "lrcompile.weights.state",
+    "lrcompile.weights.folder",
+    "lrcompile.weights.adapters",
+    "lrcompile.weights.peft",
 ]
 install_import_hook(CHECKED, "beartype.beartype")
 
