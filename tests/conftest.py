@@ -29,7 +29,8 @@ CHECKED = [
     "lrcompile.weights.state",
     "lrcompile.weights.folder",
     "lrcompile.weights.adapters",
-    "lrcompile.weights.peft",
+    "lrcompile.weights.peft_export",
+    "lrcompile.weights.peft_load",
 ]
 install_import_hook(CHECKED, "beartype.beartype")
 
