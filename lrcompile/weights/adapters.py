@@ -149,7 +149,7 @@ def _digests(model: nn.Module, kept: Mapping[str, object]) -> dict[str, str]:
         if name not in kept:
             digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             numbers = tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu()
-            digest.update(memoryview(numbers.numpy()))
+            digest.update(numbers.numpy().data)
             found[name] = f"{_spelled(tensor)} {digest.hexdigest()}"
     return found
 
