@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from lrcompile.graph.capture import capture
     from lrcompile.graph.inspect import Report, inspect
     from lrcompile.recipe import Recipe
+    from lrcompile.weights.adapters import load_adapter, save_adapter
     from lrcompile.weights.adopt import adopt, adopt_like, merge
     from lrcompile.weights.library import export_quantised
+    from lrcompile.weights.peft_export import export_peft
+    from lrcompile.weights.peft_load import load_peft
     from lrcompile.weights.plan import Plan
     from lrcompile.weights.planner import plan
     from lrcompile.weights.state import load, original_state_dict, save
@@ -52,6 +55,10 @@ _HOME = {
     "original_state_dict": "weights.state",
     "save": "weights.state",
     "load": "weights.state",
+    "save_adapter": "weights.adapters",
+    "load_adapter": "weights.adapters",
+    "export_peft": "weights.peft_export",
+    "load_peft": "weights.peft_load",
 }
 
 __all__ = [
@@ -70,12 +77,16 @@ __all__ = [
     "adopt_like",
     "capture",
     "export_quantised",
+    "export_peft",
     "inspect",
     "load",
+    "load_adapter",
+    "load_peft",
     "merge",
     "original_state_dict",
     "plan",
     "save",
+    "save_adapter",
 ]
 
 

@@ -27,6 +27,10 @@ CHECKED = [
     "lrcompile.weights.plan",
     "lrcompile.weights.planner",
     "lrcompile.weights.state",
+    "lrcompile.weights.folder",
+    "lrcompile.weights.adapters",
+    "lrcompile.weights.peft_export",
+    "lrcompile.weights.peft_load",
 ]
 install_import_hook(CHECKED, "beartype.beartype")
 

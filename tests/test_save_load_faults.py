@@ -20,7 +20,7 @@ from torch import nn
 
 import lrcompile
 from lrcompile import Recipe, StateError
-from lrcompile.weights import state as state_module
+from lrcompile.weights import folder as folder_module
 from lrcompile.weights.layers import AdoptedModule
 
 from .helpers_adopt import FILES, IDS, Shared, adopted_shared, refused_load
@@ -86,7 +86,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """An attacker's index: altered, its checksum made right again."""
     index = json.loads((folder / "lrcompile.json").read_text())
     change(index)
-    index["checksum"] = state_module._checksum(index)
+    index["checksum"] = folder_module._checksum(index)
     (folder / "lrcompile.json").write_text(json.dumps(index))
 
 
@@ -163,7 +163,7 @@ def test_a_failing_save_leaves_what_was(
         pytest.skip("one rename is enough where nothing stands")
     count = int(where[-1]) if where[-1].isdigit() else 1
     name = where.rstrip("123")
-    owner: Any = {"save_file": state_module, "write": Path}.get(name, os)
+    owner: Any = {"save_file": folder_module, "write": Path}.get(name, os)
     attribute = "write_text" if name == "write" else name
     real, calls = getattr(owner, attribute), []
 
@@ -200,7 +200,7 @@ def test_dying_between_the_two_renames_tells_where_the_earlier_save_is(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", rename)
-        patch.setattr(state_module.shutil, "rmtree", lambda *a, **k: None)
+        patch.setattr(folder_module.shutil, "rmtree", lambda *a, **k: None)
         with pytest.raises(KeyboardInterrupt):
             lrcompile.save(second, target)
     with pytest.raises(StateError, match="interrupted between two renames") as error:
@@ -271,7 +271,7 @@ def test_leftovers_are_removed_unless_someone_holds_them_or_they_are_anothers(
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         with monkeypatch.context() as patch:
-            patch.setattr(state_module, "save_file", lambda *a, **k: 1 / 0)
+            patch.setattr(folder_module, "save_file", lambda *a, **k: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 lrcompile.save(two[0], tmp_path / "saved")
         assert not stale.exists() and replaced.exists(), "the earlier save stays until a later one is whole"
@@ -296,7 +296,7 @@ def test_leftovers_are_removed_unless_someone_holds_them_or_they_are_anothers(
 def test_a_folder_that_another_save_took_for_a_leftover_is_made_again(
     two: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, made = state_module.tempfile.mkdtemp, []
+    real, made = folder_module.tempfile.mkdtemp, []
 
     def mkdtemp(**kwargs: Any) -> str:
         made.append(real(**kwargs))
@@ -304,6 +304,6 @@ def test_a_folder_that_another_save_took_for_a_leftover_is_made_again(
             os.rmdir(made[0])
         return made[-1]
 
-    monkeypatch.setattr(state_module.tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(folder_module.tempfile, "mkdtemp", mkdtemp)
     lrcompile.save(two[0], tmp_path / "saved")
     assert len(made) == 2 and [p.name for p in tmp_path.iterdir()] == ["saved"]

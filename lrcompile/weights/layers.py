@@ -234,6 +234,11 @@ def _linear_forward(form: Form) -> Callable[..., torch.Tensor]:
 _ONE_PRODUCT = ("torch.nn.modules.linear.Linear.forward", "transformers.pytorch_utils.Conv1D.forward")
 
 
+def one_product(base: type[nn.Module]) -> bool:
+    """Whether a module's whole forward is one product with its weight, and a bias: Linear, Conv1D."""
+    return f"{base.forward.__module__}.{base.forward.__qualname__}" in _ONE_PRODUCT
+
+
 def _list_item(self: Any, index: int | slice) -> Any:
     """A slice of a ParameterList as a plain list: as a ParameterList it would hold the products as new parameters."""
     if isinstance(index, slice):
@@ -248,8 +253,7 @@ def adopted_class(base: type[nn.Module], forms: tuple[tuple[str, Form], ...]) ->
     members |= {name: _computed(name, form) for name, form in forms}
     if issubclass(base, nn.ParameterList):
         members["__getitem__"] = _list_item
-    one_product = f"{base.forward.__module__}.{base.forward.__qualname__}" in _ONE_PRODUCT
-    if one_product and [name for name, _ in forms] == ["weight"]:
+    if one_product(base) and [name for name, _ in forms] == ["weight"]:
         members["forward"] = _linear_forward(forms[0][1])
     prefix = "LowRank" if all(form.base is None for _, form in forms) else "Adopted"
     return type(f"{prefix}{base.__name__}", (AdoptedModule, base), members)
