@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -113,22 +114,26 @@ def _read_amd(asm: dict[str, Any]) -> tuple[int, int, bool]:
     return used["vgpr_count"], 4 * used["vgpr_spill_count"], "v_mfma" in text
 
 
-def shipped(family: str, workers: int | None = None) -> list[dict[str, Any]]:
-    """Compile every row of a family's tuning table, for every target it is shipped for.
+def shipped(families: Sequence[str], workers: int | None = None) -> Iterator[dict[str, Any]]:
+    """Compile every row of these families' tuning tables, for every target it is shipped for.
 
     Args:
-        family: whose FAMILY_triton.py has a function `specimen(kernel, row)` that gives the Specimen of a row.
+        families: whose FAMILY_triton.py has a function `specimen(kernel, row)` that gives the Specimen of a row.
         workers: processes that share the work; as many as there are cores unless told.
 
-    Returns:
-        One JSON-able dict for each: kernel, precision, up_to, tile, the fields of Resources, and `fits`.
+    Yields:
+        One JSON-able dict for each, in order: family, kernel, precision, up_to, tile, the fields of Resources, and `fits`.
     """
     jobs = [
-        (family, kernel, row, arch) for kernel, rows in table(family).items() for row in rows for arch in row["arch"]
+        (family, kernel, row, arch)
+        for family in families
+        for kernel, rows in table(family).items()
+        for row in rows
+        for arch in row["arch"]
     ]
     # Spawned: a forked child would inherit the state of the compiler's threads.
     with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_compile_row, jobs, chunksize=4))
+        yield from pool.map(_compile_row, jobs, chunksize=4)
 
 
 def _compile_row(job: tuple[str, str, dict[str, Any], str]) -> dict[str, Any]:
@@ -136,10 +141,9 @@ def _compile_row(job: tuple[str, str, dict[str, Any], str]) -> dict[str, Any]:
     specimen = importlib.import_module(f"lrcompile.kernels.{family}_triton").specimen
     resources = compile_for(arch, specimen(kernel, row), Tile(**row["tile"]))
     told = {name: row[name] for name in ("precision", "up_to", "tile")}
-    return {"kernel": kernel, **told, **asdict(resources), "fits": resources.fits}
+    return {"family": family, "kernel": kernel, **told, **asdict(resources), "fits": resources.fits}
 
 
 if __name__ == "__main__":  # python -m lrcompile.kernels.aot FAMILY ...: a JSON object a line
-    for name in sys.argv[1:]:
-        for told in shipped(name):
-            print(json.dumps({"family": name, **told}), flush=True)
+    for line in shipped(sys.argv[1:]):
+        print(json.dumps(line), flush=True)
