@@ -25,6 +25,15 @@ def test_the_default_is_one_dial():
         Recipe().rank = 3
 
 
+def test_the_presets():
+    recipe = Recipe.finetune()
+    assert (recipe.weights, recipe.rank, recipe.pair_dtype, recipe.trainable) == ("nf4", 16, "float32", ())
+    assert recipe.start == "pissa" and Recipe().start == "svd" and Recipe.finetune(init="zero").start == "zero"
+    assert Recipe.finetune(budget_bytes=10).rank is None
+    alone = Recipe(weights="int8")
+    assert not alone.has_pairs and alone.dial == "weights=int8" and Recipe.finetune().has_pairs
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -35,6 +44,21 @@ def test_the_default_is_one_dial():
         ({"compression": float("inf")}, "compression must be 1 or more"),
         ({"compression": float("nan")}, "compression must be a number"),
         ({"compression": True}, "compression must be a number"),
+        ({"weights": "nf5"}, "no number format 'nf5'; known: nf4"),
+        ({"weights": "nf4", "compression": 2}, "a base keeps every number.*set rank, or budget_bytes"),
+        ({"weights": "dense"}, "weights=.dense. keeps every weight and adds a pair: say of what rank"),
+        ({"weights": "nf4", "rank": 4, "factors": "int8"}, "pair beside a base.*can't be quantised"),
+        ({"weights": "nf4", "rank": 4, "init": "svd"}, "nothing left for it to do; choose from zero, pissa"),
+        ({"weights": "dense", "rank": 4, "init": "qera"}, "weights=.dense. loses nothing"),
+        ({"init": "loftq"}, "starts a pair beside a base: name the base with weights="),
+        ({"init": "lora"}, "init='lora' is not known; choose from auto, svd, data, zero"),
+        ({"alternations": 0}, "alternations must be a whole number of 1 or more"),
+        ({"alpha": 0}, "alpha must be a number above 0"),
+        ({"pair_dtype": "float32"}, "pair_dtype is of a pair beside a base"),
+        ({"weights": "nf4", "rank": 4, "pair_dtype": "int8"}, "pair_dtype='int8' is not known"),
+        ({"allocation": "best"}, "allocation='best' is not known; choose from uniform, importance"),
+        ({"rank": 4, "allocation": "importance"}, "allocation shares a total: set compression or budget_bytes"),
+        ({"trainable": "*.norm"}, "trainable takes a list"),
         ({"rank": 0}, "rank must be 1 or more"),
         ({"rank": 2.5}, "rank must be a whole number"),
         ({"rank": True}, "rank must be a number"),
