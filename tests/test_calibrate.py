@@ -72,7 +72,7 @@ def test_llama(checkpointed):
     expected = hooked(model, batches)
     found = covariances(model, iter(batches))
     check_same(found, expected)
-    assert len(found) == 2 * 7 + 1 and found.keys() >= {e.key for e in plan(model, batches[0], Recipe(rank=2)).pairs}
+    assert len(found) == 2 * 7 + 1 and found.keys() >= {e.key for e in plan(model, batches[0], Recipe(rank=2)).adopted}
     for i in (0, 1):
         q, k, v, o, gate, up, down = (
             found[f"model.layers.{i}.{n}_proj.weight"]
