@@ -51,17 +51,19 @@ def parts(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return sys.modules["financial"]
 
 
-def run(root: Path, *arguments: str | Path, cwd: Path, fails: bool = False) -> str:
-    command = [sys.executable, str(root / "examples" / "finetune_financial.py"), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+def run(*arguments: str | Path) -> None:
+    """The script's main, in this process."""
+    importlib.import_module("finetune_financial").main([*map(str, arguments)])
 
 
-def test_every_method_trains_and_a_second_run_resumes(root: Path, data: Path, tmp_path: Path) -> None:
-    given = ["--quick", "--fpb", data / "fpb.txt", "--tfns", data / "absent", "--out", "runs"]
-    printed = run(root, *given, cwd=tmp_path)
+def test_every_method_trains_and_a_second_run_resumes(
+    root: Path, parts: ModuleType, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--quick", "--fpb", data / "fpb.txt", "--tfns", data / "absent", "--out", tmp_path / "runs"]
+    command = [sys.executable, str(root / "examples" / "finetune_financial.py"), *map(str, given)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = done.stdout
     assert "tfns: skipped, there is no" in printed and "cfpb: skipped, no --cfpb given" in printed
     files = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "runs").iterdir()}
     records = {record["method"]: record for record in files.values()}
@@ -69,7 +71,7 @@ def test_every_method_trains_and_a_second_run_resumes(root: Path, data: Path, tm
     for method, record in records.items():
         assert record["test"] and 0 <= record["test"]["macro_f1"] <= record["test"]["accuracy"] + 0.5
         if method != "untuned":
-            assert sum(record["losses"][-4:]) < sum(record["losses"][:4]) - 0.5, method
+            assert sum(record["losses"][-3:]) < sum(record["losses"][:3]) - 0.3, method
             assert record["saved_bytes_per_token"] > 0
 
     def held(method: str) -> int:
@@ -82,28 +84,36 @@ def test_every_method_trains_and_a_second_run_resumes(root: Path, data: Path, tm
 
     torn = tmp_path / "runs" / "fpb--ours--0.01.json"
     torn.unlink()
-    printed = run(root, *given, cwd=tmp_path)
-    assert printed.count("done already") == 4 and torn.exists()
+    run(*given)
+    assert capfd.readouterr().out.count("done already") == 4 and torn.exists()
     again = json.loads(torn.read_text(encoding="utf-8"))
-    assert again["losses"] == records["ours"]["losses"], "the same start, batches and steps"
+    assert again["losses"] == pytest.approx(records["ours"]["losses"], abs=1e-2), "the same start, batches and steps"
 
-    printed = run(root, "--show", "runs", cwd=tmp_path)
+    run("--show", tmp_path / "runs")
+    printed = capfd.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100 and "…" not in printed and "machine: " in printed
     assert "ours, QPiSSA" in printed and "1.0x" in printed
 
-    refused = run(root, *given, "--optimizer", "adamw8bit", cwd=tmp_path, fails=True)
-    assert "give another --out" in refused
+    with pytest.raises(SystemExit, match="give another --out"):
+        run(*given, "--optimizer", "adamw8bit")
     torn.write_text("{", encoding="utf-8")
-    assert "is no record of a run" in run(root, "--show", "runs", cwd=tmp_path, fails=True)
+    with pytest.raises(SystemExit, match="is no record of a run"):
+        run("--show", tmp_path / "runs")
 
 
-def test_eight_bit_states_and_labels_of_several_tokens(root: Path, data: Path, tmp_path: Path) -> None:
-    given = ["--cfpb", data / "complaints.whl", "--methods", "full", "--optimizer", "adamw8bit", "--out", "runs"]
-    run(root, "--quick", *given, cwd=tmp_path)
-    (path,) = (tmp_path / "runs").iterdir()
-    held = json.loads(path.read_text(encoding="utf-8"))["bytes"]
-    assert held["optimizer"] < 0.8 * held["weights"]
-    assert "no task is left" in run(root, "--quick", cwd=tmp_path, fails=True)
+def test_eight_bit_states_and_labels_of_several_tokens(parts: ModuleType, data: Path, tmp_path: Path) -> None:
+    given = ["--cfpb", data / "complaints.whl", "--methods", "full", "--optimizer", "adamw8bit"]
+    run("--quick", *given, "--lrs", "3e-3", "1e-2", "--out", tmp_path / "runs")
+    second = tmp_path / "runs" / "cfpb--full--0.01.json"
+    record = json.loads(second.read_text(encoding="utf-8"))
+    assert record["bytes"]["optimizer"] < 0.8 * record["bytes"]["weights"]
+
+    second.unlink()
+    run("--quick", *given, "--lrs", "3e-3", "1e-2", "--out", tmp_path / "runs")
+    again = json.loads(second.read_text(encoding="utf-8"))
+    assert again["losses"] == record["losses"], "a second learning rate starts where the first did"
+    with pytest.raises(SystemExit, match="no task is left"):
+        run("--quick", "--out", tmp_path / "runs")
 
 
 def test_a_label_scores_as_the_whole_sequence_does(parts: ModuleType) -> None:
@@ -122,9 +132,8 @@ def test_a_label_scores_as_the_whole_sequence_does(parts: ModuleType) -> None:
             steps = range(len(encode(prompt)), ids.shape[1])
             said = model(input_ids=ids).logits.log_softmax(-1)[0]
             assert found[n, m].item() == pytest.approx(sum(said[at - 1, ids[0, at]].item() for at in steps), abs=1e-3)
-    single = parts.scoring.label_scores(subject, prompts, labels[1:2])
-    plain = model(input_ids=torch.tensor([encode(prompts[0])])).logits.log_softmax(-1)[0, -1]
-    assert single[0, 0].item() == pytest.approx(plain[encode(" a")[0]].item(), abs=1e-3) or len(encode(" a")) > 1
+    single = parts.scoring.label_scores(subject, prompts, ("b", "c"))  # no cache
+    assert single[:, 0].tolist() == pytest.approx(found[:, 2].tolist(), abs=1e-3)
 
 
 def test_the_training_loss_is_that_of_the_labels_tokens(parts: ModuleType) -> None:

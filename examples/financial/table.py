@@ -72,8 +72,8 @@ def show(folder: Path, console: Console) -> None:
         f"{records[0]['model']}; {sizes['train']} rows to train on, {sizes['validation']} to choose the learning rate, "
         f"{sizes['test']} to test (fewer of cfpb); batches of {settings['batch_size']}, {settings['epochs']} epochs, "
         f"{settings['optimizer']}. acc., F1: in %. W+G+O: weights, gradients and optimizer state, in MB. saved: bytes "
-        "that a token of a batch keeps for backward. speed: examples/s in training over full finetuning's, in processor seconds where "
-        "one thread is used.",
+        "that a token of a batch keeps for backward. speed: examples/s in training over full finetuning's, in processor "
+        "seconds where one thread is used.",
         markup=False,
         highlight=False,
     )
