@@ -27,17 +27,18 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from financial import methods, table
 from financial.memory import step_bytes
 from financial.run import Settings, machine, make_batches, saved_bytes_per_token, train
-from financial.scoring import evaluate, pad
+from financial.scoring import commonest, evaluate, pad
 from financial.tasks import LOADERS, Sizes, Task
 
 FULL = Settings(sizes=Sizes(400, 100, 300))
 CFPB = Sizes(240, 80, 200)  # longer texts: fewer of them
-QUICK = Settings(sizes=Sizes(48, 16, 32), epochs=4, tiny=True)
+QUICK = Settings(sizes=Sizes(48, 16, 32), epochs=2, tiny=True)
 QUICK_LR = 1e-2
 
 
@@ -96,6 +97,7 @@ def run_method(
             **trained,
             "trained": sum(p.numel() for p in subject.trained),
             "saved_bytes_per_token": saved,
+            "commonest": asdict(commonest(task)),
             "model": model_name(args),
             "settings": settings.to_dict(),
             "machine": machine(),
@@ -152,4 +154,6 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it tells of kernels for GPUs that it can't load
+    disable_progress_bar()
     main()

@@ -26,11 +26,11 @@ TITLES = {
     "untuned": "untuned",
     "full": "full finetuning",
     "lora": "LoRA (peft)",
-    "qlora": "QLoRA (peft, NF4)",
-    "ours": "lrcompile, QPiSSA",
-    "ours-loftq": "lrcompile, LoftQ",
-    "ours-qera": "lrcompile, QERA",
-    "ours-zero": "lrcompile, zero",
+    "qlora": "QLoRA (peft)",
+    "ours": "ours, QPiSSA",
+    "ours-loftq": "ours, LoftQ",
+    "ours-qera": "ours, QERA",
+    "ours-zero": "ours, zero",
 }
 METHODS = ("untuned", "full", "lora", "qlora", "ours")
 INITS = {"ours": "pissa", "ours-loftq": "loftq", "ours-qera": "qera", "ours-zero": "zero"}

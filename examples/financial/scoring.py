@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .methods import Subject
-from .tasks import Row
+from .tasks import Row, Task
 
 
 @dataclass(frozen=True)
@@ -110,3 +110,9 @@ def score(scores: Tensor, truth: Tensor) -> Scores:
         f1.append(2 * hit / int((said == label).sum() + (truth == label).sum()))
     nll = F.cross_entropy(scores, truth)
     return Scores(float((said == truth).double().mean()), sum(f1) / len(f1), float(nll))
+
+
+def commonest(task: Task) -> Scores:
+    """What saying the commonest label of the training side every time would score: the floor to look at figures from."""
+    counts = torch.bincount(torch.tensor([row.label for row in task.train]), minlength=len(task.labels))
+    return score((counts + 0.5).log().expand(len(task.test), -1), torch.tensor([row.label for row in task.test]))

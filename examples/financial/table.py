@@ -71,9 +71,9 @@ def show(folder: Path, console: Console) -> None:
     console.print(
         f"{records[0]['model']}; {sizes['train']} rows to train on, {sizes['validation']} to choose the learning rate, "
         f"{sizes['test']} to test (fewer of cfpb); batches of {settings['batch_size']}, {settings['epochs']} epochs, "
-        f"{settings['optimizer']}. W + G + O: weights, gradients and optimizer state, in MB. saved: bytes that a token of "
-        "a batch keeps for backward. speed: examples/s in training over full finetuning's, in processor seconds where "
-        "one thread is used.",
+        f"{settings['optimizer']}. acc., F1: in %. W+G+O: weights, gradients and optimizer state, in MB. saved: bytes "
+        "that a token of a batch keeps for backward. speed: examples/s in training over full finetuning's, in processor "
+        "seconds where one thread is used.",
         markup=False,
         highlight=False,
     )
@@ -92,9 +92,11 @@ def _methods(records: list[Record], task: str) -> dict[str, Record]:
 
 
 def _table(records: list[Record], task: str) -> Table:
-    table = Table(title=f"{task}, by prompted log-likelihood")
+    commonest = next(r["commonest"] for r in records if r["task"] == task)
+    always = f"{100 * commonest['accuracy']:.1f}, F1 {100 * commonest['macro_f1']:.1f}"
+    table = Table(title=f"{task} (always the commonest label: acc. {always})")
     table.add_column("method", no_wrap=True)
-    for column in ("lr", "acc. %", "F1 %", "trained", "W + G + O", "sum", "less", "saved", "speed"):
+    for column in ("lr", "acc.", "F1", "trained", "W+G+O MB", "sum", "less", "saved", "speed"):
         table.add_column(column, justify="right", no_wrap=True)
     rows = _methods(records, task)
     full = rows.get("full")
@@ -109,7 +111,7 @@ def _table(records: list[Record], task: str) -> Table:
             f"{100 * r['test']['accuracy']:.1f}",
             f"{100 * r['test']['macro_f1']:.1f}",
             f"{r['trained'] / 1e6:.2f}M" if trained else "",
-            " + ".join(mega(part) for part in held),
+            "+".join(mega(part) for part in held),
             mega(sum(held)),
             less,
             f"{r['saved_bytes_per_token'] / 1e3:.0f}k" if trained else "",
