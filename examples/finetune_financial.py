@@ -37,7 +37,7 @@ from financial.scoring import commonest, evaluate, pad
 from financial.tasks import LOADERS, Sizes, Task
 
 FULL = Settings(sizes=Sizes(400, 100, 300))
-CFPB = Sizes(240, 80, 200)  # longer texts: fewer of them
+CFPB = Sizes(160, 60, 120)  # longer texts: fewer of them
 QUICK = Settings(sizes=Sizes(48, 16, 32), epochs=2, tiny=True)
 QUICK_LR = 1e-2
 

@@ -67,11 +67,7 @@ def clock() -> float:
 
 
 def train(subject: Subject, task: Task, lr: float, settings: Settings) -> dict[str, Any]:
-    """Train in place: warm-up, then linear decay to nothing. Returns losses, bytes and speed.
-
-    Raises:
-        SystemExit: the loss is no longer finite.
-    """
+    """Train in place: warm-up, then linear decay to nothing. Returns losses, bytes and speed; stops where the loss diverges."""
     subject.model.train()
     batches = make_batches(task.train, settings)
     optimizer = make_optimizer(subject, lr, settings)
@@ -92,7 +88,7 @@ def train(subject: Subject, task: Task, lr: float, settings: Settings) -> dict[s
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            break  # a learning rate too large: the record says so, and the validation scores it
+            break  # a learning rate too large; its record is the last to be chosen
     rows = sum(map(len, batches[: len(losses)]))
     return {
         "steps": len(losses),

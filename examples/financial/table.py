@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ def read(folder: Path) -> list[Record]:
 
 
 def goodness(record: Record) -> tuple[float, float]:
-    """What the learning rate is chosen by: accuracy on the validation slice, then how sure it was."""
+    """What the learning rate is chosen by: accuracy on the validation slice, then how sure it was; a diverged run is last."""
+    if not math.isfinite(record["validation"]["nll"]):
+        return -1.0, 0.0
     return record["validation"]["accuracy"], -record["validation"]["nll"]
 
 
