@@ -96,6 +96,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     dials.add_argument("--rank", type=int, metavar="R", help="the same rank everywhere")
     dials.add_argument("--rank-ratio", type=float, metavar="F", help="rank = F * min(in, out)")
     dials.add_argument("--budget-bytes", type=int, metavar="N", help="bytes of all parameters together")
+    form = parser.add_argument_group("what a weight becomes")
+    form.add_argument(
+        "--weights", metavar="FORMAT", help='a frozen base beside the pair, or alone: nf4, int8, int4-32, …, "dense"'
+    )
+    form.add_argument("--factors", metavar="FORMAT", help="number format of the pair, for inference")
+    form.add_argument("--init", metavar="START", help="how the pair starts: svd; beside a base pissa, loftq or zero")
     which = parser.add_argument_group("which weights")
     glob = {"metavar": "GLOB", "action": "append"}
     which.add_argument("--include", help="take only weights whose name or module matches (repeat for several)", **glob)  # type: ignore[arg-type]
@@ -105,7 +111,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 def _recipe(args: argparse.Namespace) -> Recipe:
     from lrcompile.recipe import Recipe
 
-    names = ("compression", "rank", "rank_ratio", "budget_bytes", "include", "exclude")
+    names = ("compression", "rank", "rank_ratio", "budget_bytes", "weights", "factors", "init", "include", "exclude")
     return Recipe(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
 
 

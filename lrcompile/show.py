@@ -147,7 +147,7 @@ def middle_spectra(model: torch.nn.Module, plan: Plan) -> dict[str, torch.Tensor
     parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     if any(p.is_meta for p in parameters.values()):
         return {}
-    groups = [group for group in plan.groups() if group[0].rank is not None]
+    groups = [group for group in plan.groups() if group[0].rank is not None and group[0].base is None]
     chosen = [group[len(group) // 2] for group in groups]
     return {e.key: singular_values(parameters[e.key]) for e in chosen}
 
@@ -178,7 +178,7 @@ def spectra_table(plan: Plan, spectra: dict[str, torch.Tensor]) -> Table:
     for name in ("weight", "energy kept", "error"):
         table.add_column(name, justify="left" if name == "weight" else "right", overflow="fold")
     for e in plan.adopted:
-        if e.key in spectra and e.rank is not None:
+        if e.key in spectra and e.rank is not None and e.base is None:
             kept = energy(spectra[e.key], e.rank)
             label = Text(e.key.removesuffix(".weight") + "\n").append_text(sparkline(spectra[e.key], e.rank))
             table.add_row(label, f"{kept:.1%}", f"{math.sqrt(max(0.0, 1 - kept)):.3f}")

@@ -13,7 +13,7 @@ from torch import fx
 
 from lrcompile.cost import MARGIN
 from lrcompile.kernels import lowrank_linear
-from lrcompile.passes import chosen
+from lrcompile.passes import chosen, lower_quantised
 from lrcompile.passes.chains import value
 from lrcompile.passes.contract import PassContext, PassResult, graph_pass
 from lrcompile.passes.graphs import Site, drop_dead, emit, module_name, pair_of, scopes, sites
@@ -34,6 +34,7 @@ def lower(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result.changed.append(f"{module_name(site.node) or site.node.name}: {what} of rank {rank} ({why})")
         if what != THIN:
             _replace(site, keep=what == KEEP)
+    result.changed += lower_quantised.told(gm, ctx)
     for scope in scopes(gm):
         drop_dead(scope.gm)
         scope.gm.graph.lint()
