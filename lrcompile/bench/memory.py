@@ -39,7 +39,7 @@ def _llama(layers: int) -> nn.Module:
     from transformers import AutoModelForCausalLM, LlamaConfig  # the extra "hf"
 
     with torch.device("meta"):  # LlamaConfig's other defaults are Llama-2-7B's
-        return AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=layers)).to(torch.bfloat16)  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=layers)).to(torch.bfloat16)
 
 
 def _states(layers: int) -> Table:
@@ -108,7 +108,7 @@ def _block(width: int) -> nn.Module:
         num_attention_heads=width // 64,
         attn_implementation="sdpa",
     )
-    return AutoModel.from_config(config).to(torch.bfloat16)  # type: ignore[no-any-return]
+    return AutoModel.from_config(config).to(torch.bfloat16)
 
 
 def _inputs(width: int, tokens: int) -> dict[str, Any]:
@@ -138,4 +138,4 @@ def _peft(model: nn.Module) -> nn.Module:
         made.load_state_dict(dense.state_dict())
         setattr(model.get_submodule(owner), last, made.to("cpu"))
     targets = sorted({name.rpartition(".")[2] for name in names})
-    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=16, use_rslora=True, target_modules=targets))  # type: ignore[arg-type]
+    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=16, use_rslora=True, target_modules=targets))
