@@ -19,9 +19,9 @@ from lrcompile.passes import Weight
 from lrcompile.recipe import CALIBRATED, Recipe
 from lrcompile.weights.formats import format_of
 from lrcompile.weights.layers import AdoptedModule, read_extra_state
-from lrcompile.weights.library import as_dense
+from lrcompile.weights.library import as_dense, held
 from lrcompile.weights.make import Maker, computed, empty_leaves
-from lrcompile.weights.plan import Entry, Plan
+from lrcompile.weights.plan import Entry, Plan, check_form
 from lrcompile.weights.planner import plan, refuse_adopted
 from lrcompile.weights.replace import (
     Change,
@@ -29,6 +29,7 @@ from lrcompile.weights.replace import (
     carry_out,
     dissolve,
     refuse,
+    refuse_format,
     settle,
     settled_by,
     tell,
@@ -141,7 +142,7 @@ def write_plan(model: nn.Module, the_plan: Plan, make: Maker, *, computes: bool 
     trainable = the_plan.recipe.get("trainable")
     if trainable is not None:
         check_trainable(model, trainable)
-    made = _install(model, _changes(model, the_plan), make, computes, the_plan.recipe)
+    made = _install(model, _changes(model, the_plan, computes), make, computes, the_plan.recipe)
     if trainable is not None:
         freeze(model, trainable)
     return made
@@ -157,7 +158,10 @@ def check_trainable(model: nn.Module, globs: Sequence[str]) -> None:
 
 
 def freeze(model: nn.Module, trainable: Sequence[str]) -> None:
-    """Leave gradients to the pairs, and to parameters that match a glob by name, or by a module that holds them."""
+    """Leave gradients to the pairs, and to parameters that match a glob by name, or by a module that holds them.
+
+    What is frozen loses the gradient that it has: an optimizer built earlier would move it once more.
+    """
     pairs = {
         id(leaf)
         for module in model.modules()
@@ -178,11 +182,22 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> None:
     for p in model.parameters():
         wanted = any(Weight(tuple(named[id(p)]), (1, 1), p.dtype).matches(glob) for glob in trainable)
         p.requires_grad_(id(p) in pairs or (wanted and id(p) not in packed))
+        if not p.requires_grad:
+            p.grad = None
 
 
-def _changes(model: nn.Module, the_plan: Plan) -> list[Change]:
+def _changes(model: nn.Module, the_plan: Plan, computes: bool) -> list[Change]:
+    """What is to be done, in the model's own dtypes where it is computed: it may have been cast since it was planned."""
     parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
-    return [Change(entry, parameters[entry.key]) for entry in the_plan.adopted]
+    changes = []
+    for entry in the_plan.adopted:
+        weight = parameters[entry.key]
+        dtype = str(weight.dtype).removeprefix("torch.")
+        if computes and weight.is_floating_point() and held(weight) is None and entry.dtype != dtype:
+            entry = replace(entry, dtype=dtype)
+            check_form(entry)
+        changes.append(Change(entry, weight))
+    return changes
 
 
 def _install(
@@ -314,6 +329,7 @@ def merge(model: M, *, weights: str | None = None) -> M:
 
     Raises:
         RecipeError: no such format.
+        PlanError: the format can't hold one of the weights; the model is as it was.
         AdoptError: nothing of the model is adopted (or, with `weights`, has a pair), or its leaves are sharded.
     """
     adopted: list[Any] = [m for m in model.modules() if isinstance(m, AdoptedModule)]
@@ -329,6 +345,8 @@ def merge(model: M, *, weights: str | None = None) -> M:
     for full, p in model.named_parameters():
         if _is_sharded(p):
             raise AdoptError(f"{full} is a DTensor (sharded); load its full state into an unsharded model, merge that")
+    if weights is not None:
+        refuse_format(adopted, weights)
     made = dissolve(adopted, Live.sweep(model), weights)
     unsettle(model.parameters())
     if made:
