@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,22 @@ def test_an_optimizer_built_before_holds_the_pairs_alone(model: Net, x: torch.Te
     held = {id(p) for p in optimizer.param_groups[0]["params"]}
     leaves = {n: p for n, p in model.named_parameters() if n.rpartition(".")[2] != ""}
     assert all((id(p) in held) == (not n.split(".")[-1].endswith(("_base", "_absmax"))) for n, p in leaves.items())
+
+
+def test_what_is_trained_travels_in_states_copies_and_saves(model: Net, x: torch.Tensor, tmp_path: Path):
+    dense = copy.deepcopy(model)
+    lrcompile.adopt(model, Recipe.finetune(rank=4, trainable=["norm"]), (x,))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    state = model.state_dict()
+    resumed = lrcompile.adopt_like(copy.deepcopy(dense), state)
+    resumed.load_state_dict(state)
+    for i, copied in enumerate((model, resumed, copy.deepcopy(resumed), pickle.loads(pickle.dumps(model)))):
+        assert {n for n, p in copied.named_parameters() if p.requires_grad} == trained
+        lrcompile.save(copied, tmp_path / str(i))
+        again = lrcompile.load(tmp_path / str(i), copy.deepcopy(dense))
+        assert {n for n, p in again.named_parameters() if p.requires_grad} == trained
+    lrcompile.merge(resumed)
+    assert not any(hasattr(module, "lr_trainable") for module in resumed.modules())
 
 
 def test_what_is_frozen_moves_no_more_by_a_gradient_from_before(model: Net, x: torch.Tensor):

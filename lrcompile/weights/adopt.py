@@ -18,7 +18,7 @@ from lrcompile.live import Live
 from lrcompile.passes import Weight
 from lrcompile.recipe import CALIBRATED, Recipe
 from lrcompile.weights.formats import format_of
-from lrcompile.weights.layers import AdoptedModule, read_extra_state
+from lrcompile.weights.layers import AdoptedModule, read_extra_state, read_trainable
 from lrcompile.weights.library import as_dense, held
 from lrcompile.weights.make import Maker, computed, empty_leaves
 from lrcompile.weights.plan import Entry, Plan, check_form
@@ -247,6 +247,8 @@ def plan_of(model: nn.Module) -> Plan:
                 continue
             told = _entry(module.lr_told[name], ()) if leaf in leaves else None
             recipe = recipe or settled_by(p) or {}
+            if adopted and module.lr_trainable is not None:  # which copies and states keep
+                recipe = {"trainable": module.lr_trainable, **recipe}
             shapes[full] = told.shape if told else tuple(p.shape)
             size[full] = getattr(torch, told.dtype).itemsize if told else p.element_size()
             names.setdefault(id(p), []).append(full)
@@ -264,7 +266,8 @@ def _entry(told: Mapping[str, Any], names: Sequence[str]) -> Entry:
 def adopt_like(model: M, state_dict: dict[str, Any]) -> M:
     """Give a model the leaves that a saved state has, so that `load_state_dict` fits. Nothing is computed.
 
-    What is frozen stays with the model: bases always, other parameters as they are.
+    Bases are frozen; and where the recipe of the model that was saved said what is trained (`trainable`), everything else
+    is too. Where it did not, other parameters stay as they are.
 
     Args:
         model: the untouched model the script builds, also inside torch.compile's or DDP's wrapper.
@@ -279,9 +282,11 @@ def adopt_like(model: M, state_dict: dict[str, Any]) -> M:
     refuse_adopted(model)
     refuse_wrapped(getattr(model, "_orig_mod", model))
     pairs: dict[str, dict[str, Any]] = {}
+    trainable: Sequence[str] | None = None
     for key, item in state_dict.items():
         owner, _, last = str(key).rpartition(".")
         if last == "_extra_state":
+            trainable = read_trainable(item) if trainable is None else trainable
             for name, told in (read_extra_state(item) or {}).items():
                 pairs[plain_name(f"{owner}.{name}" if owner else name)] = told
     if not pairs:
@@ -309,6 +314,11 @@ def adopt_like(model: M, state_dict: dict[str, Any]) -> M:
             raise PlanError(f"the state's Plan belongs to another model: {full!r} is {entry.shape} there, {here} here")
         todo.setdefault(id(weight), Change(entry, weight))
     _install(model, list(todo.values()), empty_leaves, computes=False, recipe={})
+    if trainable is not None:
+        freeze(model, trainable)
+        for module in model.modules():
+            if isinstance(module, AdoptedModule):
+                module.lr_trainable = tuple(trainable)
     return model
 
 

@@ -154,7 +154,7 @@ def carry_out(changes: Sequence[Change], live: Live, make: Maker, recipe: dict[s
         entry = replace(change.entry, error=error)
         for module, name in live.owners[id(weight)]:
             to_plain_linear(module)
-            install(module, name, leaves, asdict(entry))
+            install(module, name, leaves, asdict(entry), recipe.get("trainable"))
         settle(leaves.values(), recipe)
         follow_leaves(live.optimizers, weight, _pair(leaves, entry.form))
         done.append(Made(weight, leaves, entry))
