@@ -136,8 +136,9 @@ def _refuse_whole_model(recipe: Recipe) -> None:
 
 def _warn_of_another_recipe(parameters: Sequence[nn.Parameter], recipe: Recipe) -> None:
     asked = recipe.to_dict()
-    for was in (settled_by(p) for p in parameters):
-        changed = {k for k in {**asked, **(was or {})} if was and asked.get(k) != was.get(k)} - {"passes"}
+    for was in (settled_by(p) or {} for p in parameters):
+        known = was.keys() - {"trainable"}  # all that a copied model tells of its recipe
+        changed = {k for k in {**asked, **was} if known and asked.get(k) != was.get(k)} - {"passes"}
         if changed:
             log.warning(
                 f"the model is adopted already: the options for what weights become ({', '.join(sorted(changed))}) "

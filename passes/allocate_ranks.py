@@ -61,11 +61,14 @@ def tile(rank: float) -> int:
 
 
 def _multiple(recipe: Recipe) -> int:
-    """What ranks are a multiple of for the pair's number format: rows of weight_b (out_features, rank) are whole groups."""
+    """What ranks are a multiple of for the pair's number format: rows of weight_b (out_features, rank) are whole groups.
+
+    Of formats that scale whole rows 2: int8 holds no single column.
+    """
     if recipe.factors is None:
         return 1
     form = format_of(recipe.factors)
-    return 2 if form.layout in ("nf4", "fp4") else form.group or 1
+    return 2 if form.layout in ("nf4", "fp4") else form.group or 2
 
 
 def _check_formats(chosen: list[Weight], ctx: PassContext) -> None:
@@ -109,12 +112,23 @@ def _dense_cost(w: Weight, recipe: Recipe) -> int:
 
 def _cost(w: Weight, recipe: Recipe, rank: int) -> int:
     """What the dial counts of a weight at this rank: numbers for compression, bytes for a budget."""
+    if _must_save(recipe) and w.pair_numel(rank) >= w.numel:
+        return _dense_cost(w, recipe)  # as `_assign` has it
     pair = w.pair_numel(rank) if recipe.compression is not None else w.form_at(recipe, rank).nbytes
     return min(pair, _dense_cost(w, recipe)) if _must_save(recipe) else pair
 
 
 def _must_save(recipe: Recipe) -> bool:
     return recipe.require_saving and recipe.weights is None
+
+
+def _most(w: Weight, recipe: Recipe) -> int:
+    """The largest rank to search: of a pair in a number format, that which still holds fewer numbers than the weight.
+
+    Above it the weight would stay dense, at many times the bytes, and no total would grow with the share.
+    """
+    fewer = (w.numel - 1) // w.pair_numel(1)
+    return min(_limit(w), fewer) if _must_save(recipe) and recipe.factors else _limit(w)
 
 
 def _target(chosen: list[Weight], ctx: PassContext) -> float:
@@ -136,7 +150,7 @@ def _search(chosen: list[Weight], ctx: PassContext) -> None:
     recipe, target, multiple = ctx.recipe, _target(chosen, ctx), _multiple(ctx.recipe)
 
     def rank(w: Weight, share: float) -> int:
-        return round_to_tile(share * w.numel / w.pair_numel(1), _limit(w), multiple)
+        return round_to_tile(share * w.numel / w.pair_numel(1), _most(w, recipe), multiple)
 
     def total(share: float) -> int:
         return sum(_cost(w, recipe, rank(w, share)) for w in chosen)
@@ -178,7 +192,7 @@ def _by_importance(chosen: list[Weight], ctx: PassContext, uniform: dict[str, in
             "before torch.compile, on a model that is not on the meta device"
         )
     recipe, multiple = ctx.recipe, _multiple(ctx.recipe)
-    ranks = {w.key: round_to_tile(uniform[w.key] / 2, _limit(w), multiple) for w in chosen}
+    ranks = {w.key: round_to_tile(uniform[w.key] / 2, _most(w, recipe), multiple) for w in chosen}
     left = target - sum(_cost(w, recipe, ranks[w.key]) for w in chosen)
     energies = {w.key: ctx.energies(w.key).tolist() for w in chosen}
     queue: list[tuple[float, int, int]] = []  # (-energy for its cost, position, next rank)
@@ -186,7 +200,7 @@ def _by_importance(chosen: list[Weight], ctx: PassContext, uniform: dict[str, in
     def offer(i: int) -> None:
         w = chosen[i]
         now = ranks[w.key]
-        then = min(now + math.lcm(tile(now), multiple), _limit(w) // multiple * multiple)
+        then = min(now + math.lcm(tile(now), multiple), _most(w, recipe) // multiple * multiple)
         cost = _cost(w, recipe, then) - _cost(w, recipe, now)
         if then > now and cost > 0:
             heapq.heappush(queue, (-sum(energies[w.key][now:then]) / cost, i, then))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import lrcompile
 from lrcompile import PlanError, Recipe
 from lrcompile.graph.capture import capture
 from lrcompile.graph.pipeline import run_passes
@@ -78,6 +79,20 @@ def test_budget_bytes_of_the_whole_model(share, dtype):
         run(model, (ids(),), DECIDE, Recipe(budget_bytes=least - 1), verify=False)
     _, ctx, _ = run(model, (ids(),), DECIDE, Recipe(budget_bytes=least), verify=False)  # what is named can be had
     assert {ctx.weights[key].rank for key in BLOCKS} == {1}
+
+
+@pytest.mark.parametrize("factors", ["nf4", "int8", "int8-bnb"])
+@pytest.mark.parametrize("allocation", ["uniform", "importance"])
+@pytest.mark.parametrize("share", [0.12, 0.3, 0.8])
+def test_budget_bytes_of_quantised_pairs(factors, allocation, share):
+    model = LanguageModel()
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    fixed = total - sum(model.get_parameter(k).numel() for k in BLOCKS) * 4
+    budget = int(fixed + (total - fixed) * share)
+    recipe = Recipe(budget_bytes=budget, factors=factors, allocation=allocation, trainable=[])
+    lrcompile.adopt(model, recipe, (ids(),))
+    real = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert real <= budget and all("weight_a" in n or n not in BLOCKS for n, _ in model.named_parameters())
 
 
 def test_what_cannot_be_reached_is_an_error():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,59 @@ def test_an_optimizer_built_before_holds_the_pairs_alone(model: Net, x: torch.Te
     held = {id(p) for p in optimizer.param_groups[0]["params"]}
     leaves = {n: p for n, p in model.named_parameters() if n.rpartition(".")[2] != ""}
     assert all((id(p) in held) == (not n.split(".")[-1].endswith(("_base", "_absmax"))) for n, p in leaves.items())
+
+
+def test_what_is_trained_travels_in_states_copies_and_saves(model: Net, x: torch.Tensor, tmp_path: Path):
+    dense = copy.deepcopy(model)
+    lrcompile.adopt(model, Recipe.finetune(rank=4, trainable=["norm"]), (x,))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    state = model.state_dict()
+    resumed = lrcompile.adopt_like(copy.deepcopy(dense), state)
+    resumed.load_state_dict(state)
+    for i, copied in enumerate((model, resumed, copy.deepcopy(resumed), pickle.loads(pickle.dumps(model)))):
+        assert {n for n, p in copied.named_parameters() if p.requires_grad} == trained
+        lrcompile.save(copied, tmp_path / str(i))
+        again = lrcompile.load(tmp_path / str(i), copy.deepcopy(dense))
+        assert {n for n, p in again.named_parameters() if p.requires_grad} == trained
+    lrcompile.merge(resumed)
+    assert not any(hasattr(module, "lr_trainable") for module in resumed.modules())
+
+
+def test_what_is_frozen_moves_no_more_by_a_gradient_from_before(model: Net, x: torch.Tensor):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().mean().backward()
+    lrcompile.adopt(model, Recipe.finetune(rank=4, trainable=["norm"]), (x,))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert "norm.weight" in moved and moved <= {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("asked", [{"rank": 8}, {"weights": "int8", "rank": 4}, {"rank": 8, "factors": "int8"}])
+def test_a_model_cast_since_it_was_planned(asked: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype], x, tmp_path):
+    model = Net().to(dtypes[0]).requires_grad_(False)
+    planned = lrcompile.plan(model, (x.to(dtypes[0]),), Recipe(**asked))
+    model.to(dtypes[1])
+    other = lrcompile.adopt(copy.deepcopy(model), Recipe(**asked), (x.to(dtypes[1]),))
+    lrcompile.adopt(model, planned)
+    x = x.to(dtypes[1])
+    assert torch.equal(model(x), other(x)) and plan_of(model).bytes == plan_of(other).bytes
+    assert {n: p.dtype for n, p in model.named_parameters()} == {n: p.dtype for n, p in other.named_parameters()}
+    lrcompile.save(model, tmp_path / "saved")
+    again = lrcompile.load(tmp_path / "saved", Net().to(dtypes[1]).requires_grad_(False))
+    assert torch.equal(again(x), model(x))
+
+
+def test_a_cast_to_what_no_format_holds_is_named_before_anything_is_touched(model: Net, x: torch.Tensor):
+    planned = lrcompile.plan(model, (x,), Recipe.finetune(rank=4))
+    with pytest.raises(PlanError, match=r"weight: nf4 can't hold a weight in torch.float64"):
+        lrcompile.adopt(model.double(), planned)
+    lrcompile.adopt(model.float(), Recipe.finetune(rank=4), (x,))
+    names = list(model.state_dict())
+    with pytest.raises(PlanError, match=r"blocks.0.mix: int4 has groups of 128.*64 in_features"):
+        lrcompile.merge(model, weights="int4")
+    assert list(model.state_dict()) == names
 
 
 def test_merging_into_a_requantised_base_tells_the_error(model: Net, x: torch.Tensor, caplog):

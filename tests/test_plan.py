@@ -182,6 +182,34 @@ def test_altered_json_is_refused(change: Any) -> None:
         Plan.from_json(json.dumps(body))
 
 
+_HALF = {"base": None, "init": "svd", "scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ({}, {"base": None}),
+        ({}, {**_HALF, "scale": 4.0}),
+        ({}, {**_HALF, "pair_dtype": "bfloat16"}),
+        ({}, {**_HALF, "scale": 4.0, "factors": "int8"}),
+        ({}, {"init": "svd"}),
+        ({}, {"base": "dense", "init": "loftq"}),
+        ({}, {"pair_dtype": "int8"}),
+        ({"trainable": "*.up"}, {}),
+        ({"trainable": [3]}, {}),
+        ({"alternations": 0}, {}),
+        ({"alternations": "many"}, {}),
+    ],
+)
+def test_altered_json_of_a_base_and_a_pair_is_refused(recipe: dict[str, Any], changes: dict[str, Any]) -> None:
+    body = json.loads(lrcompile.plan(block(), X, Recipe(weights="nf4", rank=4, init="zero")).to_json())
+    assert Plan.from_json(json.dumps(body)).adopted[0].fate == "nf4 + rank 4"
+    body["entries"][0] |= changes
+    body["recipe"] |= recipe
+    with pytest.raises(PlanError, match=r"doesn't go with|of a pair beside a base|is not known|recipe was altered"):
+        Plan.from_json(json.dumps(body))
+
+
 class Tied(nn.Module):
     def __init__(self, tie: bool) -> None:
         super().__init__()

@@ -18,10 +18,10 @@ from lrcompile.live import Live
 from lrcompile.passes import Weight
 from lrcompile.recipe import CALIBRATED, Recipe
 from lrcompile.weights.formats import format_of
-from lrcompile.weights.layers import AdoptedModule, read_extra_state
-from lrcompile.weights.library import as_dense
+from lrcompile.weights.layers import AdoptedModule, read_extra_state, read_trainable
+from lrcompile.weights.library import as_dense, held
 from lrcompile.weights.make import Maker, computed, empty_leaves
-from lrcompile.weights.plan import Entry, Plan
+from lrcompile.weights.plan import Entry, Plan, check_form
 from lrcompile.weights.planner import plan, refuse_adopted
 from lrcompile.weights.replace import (
     Change,
@@ -29,6 +29,7 @@ from lrcompile.weights.replace import (
     carry_out,
     dissolve,
     refuse,
+    refuse_format,
     settle,
     settled_by,
     tell,
@@ -141,7 +142,7 @@ def write_plan(model: nn.Module, the_plan: Plan, make: Maker, *, computes: bool 
     trainable = the_plan.recipe.get("trainable")
     if trainable is not None:
         check_trainable(model, trainable)
-    made = _install(model, _changes(model, the_plan), make, computes, the_plan.recipe)
+    made = _install(model, _changes(model, the_plan, computes), make, computes, the_plan.recipe)
     if trainable is not None:
         freeze(model, trainable)
     return made
@@ -157,7 +158,10 @@ def check_trainable(model: nn.Module, globs: Sequence[str]) -> None:
 
 
 def freeze(model: nn.Module, trainable: Sequence[str]) -> None:
-    """Leave gradients to the pairs, and to parameters that match a glob by name, or by a module that holds them."""
+    """Leave gradients to the pairs, and to parameters that match a glob by name, or by a module that holds them.
+
+    What is frozen loses the gradient that it has: an optimizer built earlier would move it once more.
+    """
     pairs = {
         id(leaf)
         for module in model.modules()
@@ -178,11 +182,22 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> None:
     for p in model.parameters():
         wanted = any(Weight(tuple(named[id(p)]), (1, 1), p.dtype).matches(glob) for glob in trainable)
         p.requires_grad_(id(p) in pairs or (wanted and id(p) not in packed))
+        if not p.requires_grad:
+            p.grad = None
 
 
-def _changes(model: nn.Module, the_plan: Plan) -> list[Change]:
+def _changes(model: nn.Module, the_plan: Plan, computes: bool) -> list[Change]:
+    """What is to be done, in the model's own dtypes where it is computed: it may have been cast since it was planned."""
     parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
-    return [Change(entry, parameters[entry.key]) for entry in the_plan.adopted]
+    changes = []
+    for entry in the_plan.adopted:
+        weight = parameters[entry.key]
+        dtype = str(weight.dtype).removeprefix("torch.")
+        if computes and weight.is_floating_point() and held(weight) is None and entry.dtype != dtype:
+            entry = replace(entry, dtype=dtype)
+            check_form(entry)
+        changes.append(Change(entry, weight))
+    return changes
 
 
 def _install(
@@ -232,6 +247,8 @@ def plan_of(model: nn.Module) -> Plan:
                 continue
             told = _entry(module.lr_told[name], ()) if leaf in leaves else None
             recipe = recipe or settled_by(p) or {}
+            if adopted and module.lr_trainable is not None:  # which copies and states keep
+                recipe = {"trainable": module.lr_trainable, **recipe}
             shapes[full] = told.shape if told else tuple(p.shape)
             size[full] = getattr(torch, told.dtype).itemsize if told else p.element_size()
             names.setdefault(id(p), []).append(full)
@@ -249,7 +266,8 @@ def _entry(told: Mapping[str, Any], names: Sequence[str]) -> Entry:
 def adopt_like(model: M, state_dict: dict[str, Any]) -> M:
     """Give a model the leaves that a saved state has, so that `load_state_dict` fits. Nothing is computed.
 
-    What is frozen stays with the model: bases always, other parameters as they are.
+    Bases are frozen; and where the recipe of the model that was saved said what is trained (`trainable`), everything else
+    is too. Where it did not, other parameters stay as they are.
 
     Args:
         model: the untouched model the script builds, also inside torch.compile's or DDP's wrapper.
@@ -264,9 +282,11 @@ def adopt_like(model: M, state_dict: dict[str, Any]) -> M:
     refuse_adopted(model)
     refuse_wrapped(getattr(model, "_orig_mod", model))
     pairs: dict[str, dict[str, Any]] = {}
+    trainable: Sequence[str] | None = None
     for key, item in state_dict.items():
         owner, _, last = str(key).rpartition(".")
         if last == "_extra_state":
+            trainable = read_trainable(item) if trainable is None else trainable
             for name, told in (read_extra_state(item) or {}).items():
                 pairs[plain_name(f"{owner}.{name}" if owner else name)] = told
     if not pairs:
@@ -294,6 +314,11 @@ def adopt_like(model: M, state_dict: dict[str, Any]) -> M:
             raise PlanError(f"the state's Plan belongs to another model: {full!r} is {entry.shape} there, {here} here")
         todo.setdefault(id(weight), Change(entry, weight))
     _install(model, list(todo.values()), empty_leaves, computes=False, recipe={})
+    if trainable is not None:
+        freeze(model, trainable)
+        for module in model.modules():
+            if isinstance(module, AdoptedModule):
+                module.lr_trainable = tuple(trainable)
     return model
 
 
@@ -314,6 +339,7 @@ def merge(model: M, *, weights: str | None = None) -> M:
 
     Raises:
         RecipeError: no such format.
+        PlanError: the format can't hold one of the weights; the model is as it was.
         AdoptError: nothing of the model is adopted (or, with `weights`, has a pair), or its leaves are sharded.
     """
     adopted: list[Any] = [m for m in model.modules() if isinstance(m, AdoptedModule)]
@@ -329,6 +355,8 @@ def merge(model: M, *, weights: str | None = None) -> M:
     for full, p in model.named_parameters():
         if _is_sharded(p):
             raise AdoptError(f"{full} is a DTensor (sharded); load its full state into an unsharded model, merge that")
+    if weights is not None:
+        refuse_format(adopted, weights)
     made = dissolve(adopted, Live.sweep(model), weights)
     unsettle(model.parameters())
     if made:

@@ -34,12 +34,14 @@ class AdoptedModule:
         lr_forms: its computed parameters and the form of each.
         lr_told: name -> what the Plan said of it (JSON-able), kept on the instance.
         lr_dtypes: name -> the dtype that it reads as, likewise: packed leaves have none that a cast could change.
+        lr_trainable: the globs of the recipe that said what is trained, likewise; None where none did.
     """
 
     lr_base: type[nn.Module]
     lr_forms: tuple[tuple[str, Form], ...]
     lr_told: dict[str, dict[str, Any]]
     lr_dtypes: dict[str, torch.dtype]
+    lr_trainable: Sequence[str] | None = None
 
     @property
     def lr_leaves(self) -> dict[str, str]:
@@ -61,7 +63,10 @@ class AdoptedModule:
         return _rebuild, (self.lr_base, self.lr_forms), state
 
     def get_extra_state(self) -> Any:
-        text = json.dumps({"format": MAGIC, "adopted": self.lr_told}, sort_keys=True)
+        told = {"format": MAGIC, "adopted": self.lr_told}
+        if self.lr_trainable is not None:
+            told["trainable"] = list(self.lr_trainable)
+        text = json.dumps(told, sort_keys=True)
         plan = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).clone()
         if self.lr_base.get_extra_state is nn.Module.get_extra_state:
             return plan
@@ -156,6 +161,16 @@ def _unwrapped(key: str) -> str:
 
 def read_extra_state(state: Any) -> dict[str, dict[str, Any]] | None:
     """What a module's extra state tells of its adopted weights; None where it is not ours."""
+    content = _content(state)
+    return None if content is None else content["adopted"]
+
+
+def read_trainable(state: Any) -> list[str] | None:
+    """The globs of what is trained that a module's extra state tells; None where it tells none."""
+    return (_content(state) or {}).get("trainable")
+
+
+def _content(state: Any) -> dict[str, Any] | None:
     if isinstance(state, dict):
         state = state.get("lrcompile")
     if not isinstance(state, torch.Tensor) or state.dim() != 1 or state.is_meta:
@@ -165,7 +180,7 @@ def read_extra_state(state: Any) -> dict[str, dict[str, Any]] | None:
         content = json.loads(bytes(state.cpu().tolist()).decode())
     except ValueError:
         return None
-    return content["adopted"] if isinstance(content, dict) and content.get("format") == MAGIC else None
+    return content if isinstance(content, dict) and content.get("format") == MAGIC else None
 
 
 @contextmanager
@@ -264,7 +279,13 @@ def _rebuild(base: type[nn.Module], forms: tuple[tuple[str, Form], ...]) -> nn.M
     return cls.__new__(cls)
 
 
-def install(module: nn.Module, name: str, leaves: Mapping[str, nn.Parameter], told: dict[str, Any]) -> None:
+def install(
+    module: nn.Module,
+    name: str,
+    leaves: Mapping[str, nn.Parameter],
+    told: dict[str, Any],
+    trainable: Sequence[str] | None = None,
+) -> None:
     """Put leaves, by suffix, where a parameter of a module was, keeping its place in the order of parameters."""
     if name not in module._parameters:
         raise AdoptError(f"{type(module).__name__} has no parameter {name!r} (any more)")
@@ -285,6 +306,8 @@ def install(module: nn.Module, name: str, leaves: Mapping[str, nn.Parameter], to
     module._parameters.update(replaced)
     # Past the module's own __setattr__, which may refuse.
     module.__dict__.update(lr_told={**before, name: told}, lr_dtypes=dtypes)
+    if trainable is not None:
+        module.__dict__["lr_trainable"] = tuple(trainable)
     object.__setattr__(module, "__class__", made)
 
 
@@ -306,4 +329,6 @@ def remove(module: nn.Module, dense: dict[str, nn.Parameter]) -> None:
         was = module.__dict__.pop(kept)
         if left:
             module.__dict__[kept] = {name: was[name] for name, _ in left}
+    if not left:
+        module.__dict__.pop("lr_trainable", None)
     object.__setattr__(module, "__class__", adopted_class(module.lr_base, left) if left else module.lr_base)  # type: ignore[arg-type]

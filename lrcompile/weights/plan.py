@@ -14,7 +14,7 @@ from torch import nn
 
 from lrcompile.errors import LrcompileError, PlanError
 from lrcompile.graph.names import parameter_names
-from lrcompile.recipe import INITS, SVD_METHODS
+from lrcompile.recipe import BASE_INITS, INITS, PAIR_DTYPES, PLAIN_INITS, SVD_METHODS
 from lrcompile.weights.form import Form
 from lrcompile.words import fold
 
@@ -234,8 +234,7 @@ class Plan:
             raise PlanError(f"a Plan with a missing or unknown part: {error}") from error
         if plan.fingerprint != body.get("fingerprint"):
             raise PlanError("the Plan's model description was altered: its fingerprint doesn't match")
-        if not isinstance(plan.recipe, dict) or plan.recipe.get("svd", "auto") not in SVD_METHODS:
-            raise PlanError(f"the Plan's recipe was altered: {plan.recipe}")
+        _check_recipe(plan.recipe)
         seen: set[str] = set()
         for e in plan.entries:
             _check_entry(e, plan, seen)
@@ -291,13 +290,38 @@ def _check_entry(e: Entry, plan: Plan, seen: set[str]) -> None:
         raise PlanError(f"{named}: rank {e.rank!r} doesn't fit a weight of shape {e.shape}")
     if e.init not in INITS:
         raise PlanError(f"{named}: init {e.init!r} is not known; choose from {', '.join(INITS)}")
-    number = isinstance(e.scale, (int, float)) and 0 < e.scale < float("inf")
+    if e.pair_dtype not in (None, *PAIR_DTYPES):
+        raise PlanError(f"{named}: pair_dtype {e.pair_dtype!r} is not known; choose from {', '.join(PAIR_DTYPES)}")
+    number = type(e.scale) in (int, float) and 0 < e.scale < float("inf")
     if e.base and (len(e.shape) != 2 or e.factors or not number or (e.base == "dense" and e.rank is None)):
         raise PlanError(
             f"{named}: base {e.base!r} doesn't go with shape {e.shape}, factors {e.factors!r}, scale {e.scale!r}"
         )
+    if e.base is None and e.rank is not None and (e.scale != 1 or e.pair_dtype is not None):
+        raise PlanError(
+            f"{named}: scale {e.scale!r} and pair_dtype {e.pair_dtype!r} are of a pair beside a base, and there is no base: "
+            "write 1.0 and null, or name a base"
+        )
+    fitting = PLAIN_INITS if e.base is None else ("zero", "pissa") if e.base == "dense" else BASE_INITS
+    if e.rank is not None and e.init not in fitting:
+        raise PlanError(f"{named}: init {e.init!r} doesn't go with base {e.base!r}; choose from {', '.join(fitting)}")
+    check_form(e)
+
+
+def check_form(e: Entry) -> None:
+    """Raise PlanError where a format can't hold what the entry says."""
     try:
         if e.form is not None:
             e.form.leaves  # noqa: B018  reads the formats, which refuse what they can't hold
     except (LrcompileError, AttributeError, TypeError) as error:
-        raise PlanError(f"{named}: {error}") from error
+        raise PlanError(f"{' = '.join(e.names)}: {error}") from error
+
+
+def _check_recipe(recipe: Any) -> None:
+    """Refuse what adopting reads of a recipe and no Recipe says."""
+    told = recipe if isinstance(recipe, dict) else {}
+    trainable, turns = told.get("trainable"), told.get("alternations", 5)
+    globs = trainable is None or (isinstance(trainable, (list, tuple)) and all(isinstance(g, str) for g in trainable))
+    whole = type(turns) is int and turns >= 1
+    if told is not recipe or told.get("svd", "auto") not in SVD_METHODS or not globs or not whole:
+        raise PlanError(f"the Plan's recipe was altered: {recipe}")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lrcompile.errors import AdoptError
+from lrcompile.errors import AdoptError, PlanError
 from lrcompile.follow import follow_leaves, follow_merged, is_watch, refuse_started
 from lrcompile.live import Live
 from lrcompile.weights.factor import check_finite
@@ -154,7 +154,7 @@ def carry_out(changes: Sequence[Change], live: Live, make: Maker, recipe: dict[s
         entry = replace(change.entry, error=error)
         for module, name in live.owners[id(weight)]:
             to_plain_linear(module)
-            install(module, name, leaves, asdict(entry))
+            install(module, name, leaves, asdict(entry), recipe.get("trainable"))
         settle(leaves.values(), recipe)
         follow_leaves(live.optimizers, weight, _pair(leaves, entry.form))
         done.append(Made(weight, leaves, entry))
@@ -207,6 +207,16 @@ def warn_of_lists(made: Sequence[Made], live: Live) -> None:
 
 
 # --- and back ---------------------------------------------------------------------------------------------------------
+
+
+def refuse_format(modules: Sequence[AdoptedModule], weights: str) -> None:
+    """Raise PlanError, naming the weight, where a number format can't hold one of these modules' weights. Touches nothing."""
+    for module in modules:
+        for name, form in module.lr_forms:
+            try:
+                format_of(weights).specs((form.out_features, form.in_features), module.lr_dtypes[name])
+            except PlanError as error:
+                raise PlanError(f"{module.lr_told[name]['names'][0]}: {error}; or merge to another format") from error
 
 
 def dissolve(modules: Sequence[AdoptedModule], live: Live, weights: str | None = None) -> list[Entry]:
