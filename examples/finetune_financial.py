@@ -7,7 +7,7 @@
     python finetune_financial.py --show out/financial
 
 Untuned, full finetuning (AdamW), LoRA and QLoRA (peft, bitsandbytes), and `lrcompile.Recipe.finetune()`: the same steps, the
-same batches, the same prompts; each gets as many learning rates, and the one that is best on a validation slice of the
+same batches, the same prompts, the same few learning rates, of which each method's best on a validation slice of the
 training side is reported. The model is SmolLM2-135M-Instruct (Apache-2.0), dequantised from Q4_1.
 
 Data (none of it comes with this example): Financial PhraseBank (CC BY-NC-SA 3.0, no commercial use), Twitter Financial
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--methods", nargs="+", default=list(methods.METHODS), choices=list(methods.TITLES), metavar="METHOD"
     )
-    parser.add_argument("--lrs", nargs="+", type=float, help="learning rates instead of each method's own")
+    parser.add_argument("--lrs", nargs="+", type=float, help="learning rates to choose from")
     parser.add_argument("--optimizer", choices=["adamw", "adamw8bit"], default="adamw")
     parser.add_argument("--quick", action="store_true", help="a tiny model and a few dozen rows: for tests")
     args = parser.parse_args(argv)
@@ -145,10 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     for task in load_tasks(args, settings):
         sized = replace(settings, sizes=Sizes(len(task.train), len(task.validation), len(task.test)))
         for method in args.methods:
-            grid = methods.GRIDS.get(method, methods.PAIR_GRID)
-            if method != "untuned":
-                grid = tuple(args.lrs or ((QUICK_LR,) if args.quick else grid))
-            run_method(method, task, sized, grid, args, console)
+            lrs = args.lrs or ((QUICK_LR,) if args.quick else methods.GRID)
+            run_method(method, task, sized, (0.0,) if method == "untuned" else tuple(lrs), args, console)
     table.show(args.out, console)
 
 

@@ -34,9 +34,7 @@ TITLES = {
 }
 METHODS = ("untuned", "full", "lora", "qlora", "ours")
 INITS = {"ours": "pissa", "ours-loftq": "loftq", "ours-qera": "qera", "ours-zero": "zero"}
-# Three learning rates each, around what is usual for dense weights and for pairs.
-GRIDS = {"untuned": (0.0,), "full": (3e-5, 1e-4, 3e-4)}
-PAIR_GRID = (1e-4, 3e-4, 1e-3)
+GRID = (1e-4, 3e-4, 1e-3)  # of learning rates, every method's
 
 Encode = Callable[[str], list[int]]
 
