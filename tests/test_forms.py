@@ -116,6 +116,11 @@ def test_the_inspection_shows_bytes_and_errors(form: str, model: Net, x: torch.T
     assert all(stage.exact or stage.error is not None for stage in report.stages[1:])
     assert "compose" not in rewritten.code or form in ("nf4",), "packed attention reads rows of one matrix"
     assert report.stages[-1].model_bytes == report.plan.bytes[1]
+    assert report.stages[-1].model_parameters == report.plan.parameters[1]
+    if form == "nf4 and pair":  # and once adopted, where packed tensors are the model's own parameters
+        lrcompile.adopt(model, report.plan)
+        again = lrcompile.inspect(model, (x,)).stages[-1]
+        assert (again.model_parameters, again.model_bytes) == (report.plan.parameters[1], report.plan.bytes[1])
     assert report.errors.keys() == {e.key for e in report.plan.adopted}
     if report.plan.by_bytes:
         assert "form" in str(report) and "bytes" in str(report)

@@ -112,11 +112,6 @@ def _cost(gm: fx.GraphModule, inputs: list[Any]) -> tuple[int, int]:
     return counter.get_total_flops(), size
 
 
-def numbers(x: Any) -> tuple[int, int]:
-    """(numbers, bytes) of a tensor."""
-    return x.numel(), x.numel() * x.element_size()
-
-
 @torch.no_grad()
 def outputs(gm: fx.GraphModule, inputs: list[Any]) -> list[torch.Tensor]:
     """The floating outputs on real inputs, which are left as they are; the random stream is restarted."""
@@ -141,4 +136,4 @@ def output_error(before: list[torch.Tensor], after: list[torch.Tensor]) -> float
     return (wrong / size) ** 0.5 if size > 0 else float(wrong > 0)
 
 
-__all__ = ["cost", "numbers", "output_error", "outputs", "read_inputs", "value"]
+__all__ = ["cost", "output_error", "outputs", "read_inputs", "value"]

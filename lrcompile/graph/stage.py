@@ -17,6 +17,7 @@ from lrcompile.graph.names import plain_name
 from lrcompile.graph.pipeline import Snapshot
 from lrcompile.passes import PassContext
 from lrcompile.passes.chains import value
+from lrcompile.weights.layers import AdoptedModule
 from lrcompile.weights.make import computed
 from lrcompile.weights.planner import entry_of
 
@@ -41,6 +42,19 @@ class World:
         self.called = [{name: called[id(x)] for name, x in given.items() if id(x) in called} for given in self.given]
         self.position = {id(g): i for i, g in enumerate(captured.graphs)}
         self._made: dict[str, tuple[dict[str, torch.Tensor], float | None]] = {}
+        self._numbers = {
+            id(leaf): form.numbers_in(suffix)
+            for module in model.modules()
+            if isinstance(module, AdoptedModule)
+            for name, form in module.lr_forms
+            for suffix, leaf in module.lr_parts(name).items()
+        }
+
+    def size(self, held: Any, leaf: tuple[str, str] | None = None) -> tuple[int, int]:
+        """(numbers, bytes) of a parameter, or of what is to be a leaf: (weight, suffix)."""
+        form = self.ctx.weights[leaf[0]].form(self.ctx.recipe) if leaf else None
+        numbers = form.numbers_in(leaf[1]) if leaf and form else self._numbers.get(id(held), held.numel())
+        return numbers, held.numel() * held.element_size()
 
     def made(self, key: str) -> tuple[dict[str, torch.Tensor], float | None]:
         """The leaves of a weight by suffix, and its relative error."""
@@ -167,7 +181,8 @@ class Stage:
             for node in measure.read_inputs(gm):
                 held = given.get(node.name, measure.value(node))
                 if isinstance(held, nn.Parameter):
-                    found[node.meta.get("lr_leaf") or id(held)] = measure.numbers(held)
+                    leaf = node.meta.get("lr_leaf")
+                    found[leaf or id(held)] = self.world.size(held, leaf)
         return found
 
     @property
@@ -181,7 +196,7 @@ class Stage:
         return sum(size for _, size in self._read.values())
 
     def _model(self, index: int) -> int:
-        model = {id(p): measure.numbers(p) for p in self.world.parameters.values()}
+        model = {id(p): self.world.size(p) for p in self.world.parameters.values()}
         replaced = {id(self.world.parameters[key[0]]) for key in self._read if isinstance(key, tuple)}
         kept = [size for key, size in model.items() if key not in replaced or key in self._read]
         return sum(size[index] for size in kept) + sum(s[index] for k, s in self._read.items() if isinstance(k, tuple))

@@ -160,7 +160,14 @@ class Form:
     @property
     def numel(self) -> int:
         """Numbers of the weight as a model counts them: all of a base's, and the pair's."""
-        return (self.out_features * self.in_features if self.base else 0) + sum(math.prod(s) for _, s in self.sides)
+        return sum(map(self.numbers_in, ("_base", "_a", "_b")))
+
+    def numbers_in(self, suffix: str) -> int:
+        """Those that one leaf holds: packed codes all of their matrix's, whatever their bytes; the scales beside them none."""
+        held = {f"_{side}": math.prod(shape) for side, shape in self.sides}
+        if self.base:
+            held["_base"] = self.out_features * self.in_features
+        return held.get(suffix, 0)
 
     @property
     def nbytes(self) -> int:
