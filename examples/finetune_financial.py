@@ -71,22 +71,14 @@ def run_method(
     if not left:
         said.print(f"{task.name} {method}: done already", highlight=False)
         return
-    torch.manual_seed(settings.seed)
-    model, encode = methods.build_tiny() if settings.tiny else methods.load_pretrained(args.model)
-    batches = make_batches(task.train, settings)
-    calibration = [{"input_ids": pad([encode(row.prompt) for row in batch])} for batch in batches[:8]]
-    subject = methods.build(method, model, encode, calibration)
-    start = [p.detach().clone() for p in subject.trained]
-    saved = saved_bytes_per_token(subject, task) if start else 0.0
     for lr in left:
         began = time.perf_counter()
-        with torch.no_grad():
-            for parameter, value in zip(subject.trained, start, strict=True):
-                parameter.copy_(value)
-        if start:
-            trained = train(subject, task, lr, settings)
+        subject = make_subject(method, task, settings, args)
+        if subject.trained:
+            saved = saved_bytes_per_token(subject, task)
+            trained = {"saved_bytes_per_token": saved, **train(subject, task, lr, settings)}
         else:
-            trained = {"steps": 0, "losses": [], "bytes": step_bytes(subject.model, None), "examples_per_second": 0.0}
+            trained = {"steps": 0, "losses": [], "bytes": step_bytes(subject.model, None)}
         validation = evaluate(subject, task.validation, task.labels, settings.eval_batch_size)
         record = {
             "method": method,
@@ -96,7 +88,6 @@ def run_method(
             "test": None,  # only for a learning rate that is the best so far: the others are never reported
             **trained,
             "trained": sum(p.numel() for p in subject.trained),
-            "saved_bytes_per_token": saved,
             "commonest": asdict(commonest(task)),
             "model": model_name(args),
             "settings": settings.to_dict(),
@@ -112,6 +103,15 @@ def run_method(
             f"{task.name} {method} lr {lr:g}: validation {100 * validation.accuracy:.1f}%, {test}, {record['seconds']} s",
             highlight=False,
         )
+
+
+def make_subject(method: str, task: Task, settings: Settings, args: argparse.Namespace) -> methods.Subject:
+    """Made anew for every learning rate: evaluating leaves traces (bitsandbytes repacks its weights for the CPU)."""
+    torch.manual_seed(settings.seed)
+    model, encode = methods.build_tiny() if settings.tiny else methods.load_pretrained(args.model)
+    batches = make_batches(task.train, settings)
+    calibration = [{"input_ids": pad([encode(row.prompt) for row in batch])} for batch in batches[:8]]
+    return methods.build(method, model, encode, calibration)
 
 
 def model_name(args: argparse.Namespace) -> str:

@@ -102,16 +102,18 @@ def test_every_method_trains_and_a_second_run_resumes(
 
 
 def test_eight_bit_states_and_labels_of_several_tokens(parts: ModuleType, data: Path, tmp_path: Path) -> None:
-    given = ["--cfpb", data / "complaints.whl", "--methods", "full", "--optimizer", "adamw8bit"]
+    given = ["--cfpb", data / "complaints.whl", "--methods", "full", "qlora", "--optimizer", "adamw8bit"]
     run("--quick", *given, "--lrs", "3e-3", "1e-2", "--out", tmp_path / "runs")
-    second = tmp_path / "runs" / "cfpb--full--0.01.json"
-    record = json.loads(second.read_text(encoding="utf-8"))
-    assert record["bytes"]["optimizer"] < 0.8 * record["bytes"]["weights"]
+    seconds = {m: tmp_path / "runs" / f"cfpb--{m}--0.01.json" for m in ("full", "qlora")}
+    records = {m: json.loads(path.read_text(encoding="utf-8")) for m, path in seconds.items()}
+    assert records["full"]["bytes"]["optimizer"] < 0.8 * records["full"]["bytes"]["weights"]
 
-    second.unlink()
-    run("--quick", *given, "--lrs", "3e-3", "1e-2", "--out", tmp_path / "runs")
-    again = json.loads(second.read_text(encoding="utf-8"))
-    assert again["losses"] == record["losses"], "a second learning rate starts where the first did"
+    for method, path in seconds.items():
+        path.unlink()
+        run("--quick", *given, "--lrs", "3e-3", "1e-2", "--out", tmp_path / "runs")
+        again = json.loads(path.read_text(encoding="utf-8"))
+        for what in ("losses", "bytes"):
+            assert again[what] == records[method][what], "a second learning rate starts where the first did"
     with pytest.raises(SystemExit, match="no task is left"):
         run("--quick", "--out", tmp_path / "runs")
 

@@ -21,7 +21,7 @@ def weights_of(model: nn.Module) -> list[Tensor]:
         state = getattr(parameter, "quant_state", None)
         while state is not None:
             found += [t for t in vars(state).values() if isinstance(t, Tensor)]
-            state = state.state2
+            state = getattr(state, "state2", None)  # gone where it is repacked for the CPU
     return found
 
 
