@@ -186,6 +186,14 @@ def test_a_diverged_run_is_never_chosen(parts: ModuleType) -> None:
     assert parts.table.chosen(records, "lora", "fpb") is None
 
 
+def test_unequal_choices_of_learning_rates_are_told(parts: ModuleType) -> None:
+    runs = [("full", 0.1), ("full", 0.2), ("lora", 0.1), ("lora", 0.2), ("ours", 0.1), ("ours", 0.2), ("ours", 0.3)]
+    records = [{"task": "fpb", "method": method, "lr": lr, "trained": 1} for method, lr in runs]
+    first, second = parts.table.tried(records)
+    assert first == "learning rates to choose from: 0.1, 0.2"
+    assert second == "but 0.1, 0.2, 0.3 for ours, QPiSSA on fpb"
+
+
 def test_bytes_of_a_step_by_hand(parts: ModuleType) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False))
     model[1].weight = model[0].weight  # tied: once

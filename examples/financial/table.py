@@ -80,8 +80,21 @@ def show(folder: Path, console: Console) -> None:
         markup=False,
         highlight=False,
     )
+    for line in tried(records):
+        console.print(line, markup=False, highlight=False)
     for machine in sorted(said):
         console.print(f"machine: {machine}", markup=False, highlight=False)
+
+
+def tried(records: list[Record]) -> list[str]:
+    """The learning rates that were chosen from; a method with others than most is named, since that is no fair choice."""
+    grids: dict[tuple[float, ...], list[str]] = {}
+    for task, method in dict.fromkeys((r["task"], r["method"]) for r in records if r["trained"]):
+        lrs = tuple(sorted(r["lr"] for r in records if (r["task"], r["method"]) == (task, method)))
+        grids.setdefault(lrs, []).append(f"{TITLES[method]} on {task}")
+    usual, *others = sorted(grids, key=lambda lrs: -len(grids[lrs])) or [()]
+    lines = [f"learning rates to choose from: {', '.join(f'{lr:g}' for lr in usual)}"]
+    return lines + [f"but {', '.join(f'{lr:g}' for lr in lrs)} for {', '.join(grids[lrs])}" for lrs in others]
 
 
 def mega(count: int) -> str:
