@@ -70,10 +70,8 @@ def show(folder: Path, console: Console) -> None:
     if means.row_count:
         console.print(means)
     settings, said = records[0]["settings"], {r["machine"] for r in records}
-    sizes = settings["sizes"]
     console.print(
-        f"{records[0]['model']}; {sizes['train']} rows to train on, {sizes['validation']} to choose the learning rate, "
-        f"{sizes['test']} to test (fewer of cfpb); batches of {settings['batch_size']}, {settings['epochs']} epochs, "
+        f"{records[0]['model']}; batches of {settings['batch_size']}, {settings['epochs']} epochs, "
         f"{settings['optimizer']}. acc., F1: in %. W+G+O: weights, gradients and optimizer state, in MB. saved: bytes "
         "that a token of a batch keeps for backward. speed: examples/s in training over full finetuning's, in processor "
         "seconds where one thread is used.",
@@ -108,15 +106,17 @@ def _methods(records: list[Record], task: str) -> dict[str, Record]:
 
 
 def _table(records: list[Record], task: str) -> Table:
-    commonest = next(r["commonest"] for r in records if r["task"] == task)
+    first = next(r for r in records if r["task"] == task)
+    commonest, sizes = first["commonest"], first["settings"]["sizes"]
     always = f"{100 * commonest['accuracy']:.1f}, F1 {100 * commonest['macro_f1']:.1f}"
-    table = Table(title=f"{task} (always the commonest label: acc. {always})")
+    rows = "/".join(str(sizes[side]) for side in ("train", "validation", "test"))
+    table = Table(title=f"{task}: {rows} rows to train/choose/test; always the commonest label: acc. {always}")
     table.add_column("method", no_wrap=True)
     for column in ("lr", "acc.", "F1", "trained", "W+G+O MB", "sum", "less", "saved", "speed"):
         table.add_column(column, justify="right", no_wrap=True)
-    rows = _methods(records, task)
-    full = rows.get("full")
-    for method, r in rows.items():
+    found = _methods(records, task)
+    full = found.get("full")
+    for method, r in found.items():
         held = [r["bytes"][part] for part in ("weights", "gradients", "optimizer")]
         trained = r["trained"] > 0
         less = f"{sum(full['bytes'].values()) / sum(held):.1f}x" if full and trained else ""
