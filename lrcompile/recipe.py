@@ -15,6 +15,7 @@ SVD_METHODS = ("auto", "full", "randomized")
 PLAIN_INITS = ("svd", "data")  # of a pair in a weight's place
 BASE_INITS = ("zero", "pissa", "loftq", "qera")  # of a pair beside a base
 INITS = (*PLAIN_INITS, *BASE_INITS)
+MENDING_INITS = ("loftq", "qera")  # those of a pair that makes up for what quantising the base lost
 CALIBRATED = ("data", "qera")  # need the inputs' covariances
 ALLOCATIONS = ("uniform", "importance")
 PAIR_DTYPES = ("float32", "bfloat16", "float16")
@@ -87,8 +88,6 @@ class Recipe:
                 raise RecipeError(f"{name} takes a list, got {value!r}; write {name}=[{value!r}]")
             object.__setattr__(self, name, tuple(value))
         dials = [d for d in DIALS if getattr(self, d) is not None]
-        if self.weights == "none" or self.factors == "none":
-            raise RecipeError("weights and factors take a number format, or Python's None")
         if not dials and self.weights in (None, "dense"):
             object.__setattr__(self, "compression", DEFAULT_COMPRESSION)
             dials = ["compression"]
@@ -153,7 +152,7 @@ class Recipe:
                 f"init={self.init!r} puts a pair in a weight's place, and beside a base there is nothing left for it to "
                 f"do; choose from {', '.join(BASE_INITS)}"
             )
-        if self.weights == "dense" and self.init in ("loftq", "qera"):
+        if self.weights == "dense" and self.init in MENDING_INITS:
             raise RecipeError(f'init={self.init!r} mends what quantising loses, and weights="dense" loses nothing')
         if type(self.alternations) is not int or self.alternations < 1:
             raise RecipeError(f"alternations must be a whole number of 1 or more, got {self.alternations!r}")

@@ -26,7 +26,7 @@ from lrcompile.passes import (
     share_input,
 )
 from lrcompile.passes.graphs import linear_fn, pair_product, scopes, value
-from lrcompile.weights.factor import svd_pair
+from lrcompile.weights.initialise import Start, initialise
 from lrcompile.weights.planner import context_for
 
 WIDTH, HIDDEN, VOCAB = 32, 64, 50
@@ -151,6 +151,11 @@ def tiny_t5() -> Any:
             decoder_start_token_id=0,
         )
     )
+
+
+def svd_pair(weight: torch.Tensor, rank: int, method: str = "auto", name: str = "weight") -> Start:
+    """A plain pair in a weight's place, by truncated SVD."""
+    return initialise(weight, rank=rank, init="svd", svd=method, name=name)
 
 
 def pair_values(captured: Capture, ctx: PassContext) -> Any:

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from lrcompile.errors import AdoptError
 from lrcompile.kernels import lowrank_linear
-from lrcompile.weights.factor import Pair, singular_values, svd_pair
+from lrcompile.weights.factor import singular_values
+from lrcompile.weights.initialise import Start
+
+from .helpers import svd_pair
 
 METHODS = ["full", "randomized"]
 
@@ -48,7 +51,7 @@ def optimal_error(w: Tensor, rank: int) -> float:
     return float(s[rank:].norm() / s.norm())
 
 
-def true_error(w: Tensor, pair: Pair) -> float:
+def true_error(w: Tensor, pair: Start) -> float:
     w = w.double()
     return float((w - pair.weight_b.double() @ pair.weight_a.double()).norm() / w.norm())
 
@@ -110,7 +113,7 @@ def test_zero_stays_zero_and_can_learn(method, shape):
     _no_dead_pair(pair)
 
 
-def _no_dead_pair(pair: Pair) -> None:
+def _no_dead_pair(pair: Start) -> None:
     """For each of the rank directions at least one side is alive, so that the other gets a gradient."""
     assert torch.isfinite(pair.weight_a).all() and torch.isfinite(pair.weight_b).all()
     assert bool(((pair.weight_a != 0).any(1) | (pair.weight_b != 0).any(0)).all())
@@ -239,7 +242,7 @@ def test_a_wrong_shape_is_caught():
     with pytest.raises(jaxtyping.TypeCheckError):
         svd_pair(torch.ones(3, 4, dtype=torch.int64), 1)
     with pytest.raises(jaxtyping.TypeCheckError):  # the two sides of a pair share a rank
-        Pair(torch.zeros(3, 8), torch.zeros(8, 2), 0.0)
+        Start(torch.zeros(3, 8), torch.zeros(8, 2), None, None, 0.0, None)
 
 
 def test_the_kernels_reference_is_checked_too():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrcompile.errors import AdoptError, PlanError, RecipeError
 from lrcompile.weights.formats import dequantise, format_of, quantise
-from lrcompile.weights.initialise import INITS, Start, initialise, spectrum
+from lrcompile.weights.initialise import GOES_WITH, Start, initialise, spectrum
 
 SHAPES = [(48, 80), (80, 48), (64, 64), (1, 10), (10, 2)]
 NF4 = format_of("nf4")
@@ -324,7 +324,7 @@ def _alive(start: Start) -> None:
 @pytest.mark.parametrize("size", [1e30, 1e-30])
 @pytest.mark.parametrize("init", ["svd", "data", "zero", "pissa", "loftq", "qera"])
 def test_huge_and_tiny_weights(init, size):
-    base = None if INITS[init] == "no" else NF4
+    base = None if GOES_WITH[init] == "no" else NF4
     c = covariance_of(64, dtype=torch.float32)
     start, plain = (initialise(weight_of(40, 64) * s, rank=8, init=init, base=base, covariance=c) for s in (size, 1.0))
     # Blocks are scaled by their largest magnitude, so their codes are the same but for ties in rounding.
@@ -345,7 +345,7 @@ def test_float64_beyond_the_range_of_its_squares():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("init", ["svd", "data", "pissa", "loftq", "qera"])
 def test_half_precision(init, dtype):
-    base = None if INITS[init] == "no" else NF4
+    base = None if GOES_WITH[init] == "no" else NF4
     w, c = weight_of(40, 64, dtype), covariance_of(64, dtype=torch.float32)
     start = initialise(w, rank=8, init=init, base=base, covariance=c)
     assert start.weight_a.dtype == start.weight_b.dtype == dtype
@@ -356,11 +356,11 @@ def test_half_precision(init, dtype):
 
 @pytest.mark.parametrize("shape", [(1, 2), (2, 1), (1, 1), (3, 5), (5, 3)])
 @pytest.mark.parametrize("rank", [1, "most"])
-@pytest.mark.parametrize("init", list(INITS))
+@pytest.mark.parametrize("init", list(GOES_WITH))
 @pytest.mark.parametrize("zeros", [False, True])
 def test_odd_shapes_and_zeros(shape, rank, init, zeros):
     w = torch.zeros(shape) if zeros else torch.randn(shape)
-    kept = {"no": {}, "any": {"dense_base": True}, "quantised": {"base": format_of("int8")}}[INITS[init]]
+    kept = {"no": {}, "any": {"dense_base": True}, "quantised": {"base": format_of("int8")}}[GOES_WITH[init]]
     options = {"rank": min(shape) if rank == "most" else 1, "init": init, **kept}
     if kept.get("base") and shape[1] == 1:
         with pytest.raises(PlanError, match="int8 can't hold a weight of one column"):
@@ -371,10 +371,10 @@ def test_odd_shapes_and_zeros(shape, rank, init, zeros):
     _alive(start)
 
 
-@pytest.mark.parametrize("init", list(INITS))
+@pytest.mark.parametrize("init", list(GOES_WITH))
 def test_the_weight_is_left_alone_and_the_result_repeats(init):
     w = weight_of(24, 64).requires_grad_()
-    c, base = covariance_of(64), None if INITS[init] == "no" else NF4
+    c, base = covariance_of(64), None if GOES_WITH[init] == "no" else NF4
     before, kept = w.detach().clone(), c.clone()
     options = {"rank": 6, "init": init, "base": base, "covariance": c}
     first = initialise(w, **options)

@@ -15,10 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lrcompile.errors import AdoptError
-from lrcompile.weights.factor import balanced, eigh, leading_basis, unit_of
-
-_POWER_ITERATIONS = 4
-_OVERSAMPLING = 32
+from lrcompile.weights.factor import OVERSAMPLING, POWER_ITERATIONS, balanced, eigh, leading_basis, unit_of
 
 
 @dataclass
@@ -97,10 +94,10 @@ def _output_basis(rest: Tensor, inputs: Inputs, rank: int, method: str) -> Tenso
     """The `rank` leading eigenvectors of R (C + ridge) Rᵀ as columns: (out_features, rank)."""
     c, ridge = inputs.c, inputs.ridge
     if method == "randomized":  # subspace iteration (0909.4061), as in factor.py: only thin products
-        width = min(rest.shape[0], rank + _OVERSAMPLING)
+        width = min(rest.shape[0], rank + OVERSAMPLING)
         generator = torch.Generator(device=rest.device).manual_seed(0)
         basis = torch.randn(rest.shape[0], width, generator=generator, device=rest.device, dtype=rest.dtype)
-        for _ in range(_POWER_ITERATIONS + 1):
+        for _ in range(POWER_ITERATIONS + 1):
             thin = rest.T @ basis
             basis, _ = torch.linalg.qr(rest @ (c @ thin + ridge * thin))
         thin = rest.T @ basis

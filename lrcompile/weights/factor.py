@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -12,66 +11,12 @@ from torch import Tensor
 from lrcompile.errors import AdoptError
 
 _SKETCH_FROM = 1024  # below, the full decomposition takes under a second
-_POWER_ITERATIONS = 4
-_OVERSAMPLING = 32
-
-
-@dataclass
-class Pair:
-    """W ≈ weight_b @ weight_a.
-
-    Attributes:
-        weight_a: (rank, in_features), dtype and device of the weight.
-        weight_b: (out_features, rank), likewise.
-        error: ‖W - weight_b @ weight_a‖ / ‖W‖ in the Frobenius norm, before rounding to the dtype.
-    """
-
-    weight_a: Float[Tensor, "rank in_features"]
-    weight_b: Float[Tensor, "out_features rank"]
-    error: float
-
-
-@torch.no_grad()
-def svd_pair(
-    weight: Float[Tensor, "out_features in_features"], rank: int, method: str = "auto", name: str = "weight"
-) -> Pair:
-    """The best pair of this rank, with √Σ on each side (spectral initialisation, 2105.01029).
-
-    Args:
-        weight: (out_features, in_features), floating.
-        rank: 1 to min(out_features, in_features).
-        method: "full": eigenvectors of the smaller Gram matrix in float64, exact to about 1e-8 of the largest singular
-            value. "randomized": subspace iteration (0909.4061) in float32, with a rank + 32 wide sketch and four
-            iterations; its error is within 1% of the optimal. "auto": randomized where the matrix is large and the
-            rank at most a quarter of it.
-        name: for the error message.
-
-    Returns:
-        the pair and its relative error.
-
-    Raises:
-        AdoptError: the weight holds NaN or Inf.
-    """
-    check_finite(weight, name)
-    method = method_for(weight.shape, rank, method)
-    work = weight.detach().double() if method == "full" else weight.detach().float()
-    unit = unit_of(work)
-    work = work / unit.to(work.dtype)
-    b, a = truncate(work, rank, method)
-    total = torch.linalg.vector_norm(work, dtype=torch.float64)
-    # Not from total - Σσ²: the sketch's float32 would drown a small error in that difference.
-    rest = torch.addmm(work, b.to(work.dtype), a.to(work.dtype), alpha=-1)
-    lost = torch.linalg.vector_norm(rest, dtype=torch.float64)
-    half = unit.sqrt()
-    return Pair(
-        (a * half).to(weight.dtype).contiguous(),
-        (b * half).to(weight.dtype).contiguous(),
-        float(lost / total) if float(total) > 0 else 0.0,
-    )
+POWER_ITERATIONS = 4
+OVERSAMPLING = 32
 
 
 def method_for(shape: Sequence[int], rank: int, method: str) -> str:
-    """What "auto" means for a matrix: "randomized" where it is large and the rank at most a quarter of it."""
+    """What a Recipe's `svd` means for a matrix; "auto" is "randomized" where it is large and the rank at most a quarter of it."""
     limit = min(shape)
     if method != "auto":
         return method
@@ -90,12 +35,14 @@ def unit_of(matrix: Tensor) -> Float[Tensor, ""]:
 def truncate(
     work: Float[Tensor, "out_features in_features"], rank: int, method: str
 ) -> tuple[Float[Tensor, "out_features rank"], Float[Tensor, "rank in_features"]]:
-    """The two sides (b, a) of the best product of this rank, float64, with √Σ on each.
+    """The two sides (b, a) of the best product of this rank, float64, with √Σ on each (spectral init, 2105.01029).
 
     Args:
         work: a matrix in units of `unit_of`.
         rank: 1 to min(out_features, in_features).
-        method: "full" or "randomized", as `svd_pair` has them.
+        method: "full": eigenvectors of the smaller Gram matrix in float64, exact to about 1e-8 of the largest singular
+            value. "randomized": subspace iteration (0909.4061) in float32, with a rank + 32 wide sketch and four
+            iterations; its error is within 1% of the optimal.
     """
     work = work.double() if method == "full" else work.float()
     tall = work.shape[0] > work.shape[1]
@@ -160,12 +107,12 @@ def eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _sketched_basis(work: torch.Tensor, rank: int) -> torch.Tensor:
     rows, columns = work.shape
-    width = min(rows, rank + _OVERSAMPLING)
+    width = min(rows, rank + OVERSAMPLING)
     # A generator of its own: the user's random stream stays as it is, and every process draws the same.
     generator = torch.Generator(device=work.device).manual_seed(0)
     sketch = work @ torch.randn(columns, width, generator=generator, device=work.device, dtype=work.dtype)
     basis, _ = torch.linalg.qr(sketch)
-    for _ in range(_POWER_ITERATIONS):
+    for _ in range(POWER_ITERATIONS):
         basis, _ = torch.linalg.qr(work @ (work.T @ basis))
     small = (basis.T @ work).double()
     rotation = eigh(small @ small.T)[1].flip(1)[:, :rank]

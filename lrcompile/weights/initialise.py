@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lrcompile.errors import AdoptError, RecipeError
+from lrcompile.recipe import CALIBRATED, INITS, MENDING_INITS, PLAIN_INITS
 from lrcompile.weights.covariance import Inputs, energy_of, inputs_of, truncate_outputs
 from lrcompile.weights.factor import check_finite, method_for, truncate, unit_of
 from lrcompile.weights.formats import Format, Packed, dequantise, quantise
 
 # init -> what it goes with: no base, any, or a quantised one.
-INITS = {"svd": "no", "data": "no", "zero": "any", "pissa": "any", "loftq": "quantised", "qera": "quantised"}
-_NEEDS_DATA = ("data", "qera")
+GOES_WITH = {i: "no" if i in PLAIN_INITS else "quantised" if i in MENDING_INITS else "any" for i in INITS}
 
 
 @dataclass
@@ -71,7 +71,7 @@ def initialise(
         scale: the module computes base + scale · weight_b @ weight_a.
         pair_dtype: of the leaves; by default the weight's.
         covariance: (in_features, in_features), Σ or mean of x xᵀ over inputs x; its scale has no meaning.
-        svd: as `svd_pair` has it.
+        svd: "full", "randomized" or "auto", see `factor.truncate` and `factor.method_for`.
         alternations: turns of "loftq".
         name: of the weight, for messages; also seeds "zero", so that every process draws the same.
 
@@ -283,16 +283,16 @@ def _check(
     if rank is None:
         if kept == "no":
             raise RecipeError(f"{name} is to have neither a pair nor a base; give a rank, or a format for the base")
-    elif INITS[init] == "no" and kept != "no":
+    elif GOES_WITH[init] == "no" and kept != "no":
         raise RecipeError(
             f"init={init!r} of {name} replaces the weight, and a base is kept beside it; {_fitting(kept)}"
         )
-    elif INITS[init] == "any" and kept == "no" or INITS[init] == "quantised" and kept != "quantised":
-        needs = "a base" if INITS[init] == "any" else "a quantised base"
+    elif GOES_WITH[init] == "any" and kept == "no" or GOES_WITH[init] == "quantised" and kept != "quantised":
+        needs = "a base" if GOES_WITH[init] == "any" else "a quantised base"
         raise RecipeError(
             f"init={init!r} of {name} needs {needs} beside the pair, and there is {kept} base; {_fitting(kept)}"
         )
-    elif init in _NEEDS_DATA and covariance is None:
+    elif init in CALIBRATED and covariance is None:
         raise RecipeError(f"init={init!r} of {name} needs calibration data, and there is none; {_fitting(kept, False)}")
     elif not 1 <= rank <= min(weight.shape):
         raise RecipeError(
@@ -309,7 +309,7 @@ def _fitting(kept: str, data: bool = True) -> str:
     """Which inits to choose from beside what is kept."""
     fit = [
         i
-        for i, needs in INITS.items()
+        for i, needs in GOES_WITH.items()
         if (needs == "no") == (kept == "no") and (kept == "quantised" or needs != "quantised")
     ]
-    return f"choose {' or '.join(i for i in fit if data or i not in _NEEDS_DATA)}"
+    return f"choose {' or '.join(i for i in fit if data or i not in CALIBRATED)}"

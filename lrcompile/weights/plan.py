@@ -36,7 +36,7 @@ class Entry:
         error: relative Frobenius error of what stands in its place, once adopted; None before.
         base: "dense" or the number format of the frozen base; None without one.
         factors: the number format of the pair; None for a plain one.
-        init: how the pair starts, one of `recipe.INITS`; "" without a pair.
+        init: how the pair starts, one of `recipe.INITS`; means nothing without a pair.
         scale: of the pair's product.
         pair_dtype: of a pair beside a base; None: the weight's.
     """
