@@ -116,7 +116,8 @@ def _slice_by_slice(op: Any) -> Callable[..., Any]:
 def _no_second_derivative(name: str) -> Callable[..., Any]:
     def raises(ctx: Any, *gradients: Any) -> Any:
         raise KernelError(
-            f"lrcompile::{name} has no derivative; for second derivatives run the model, or the plain products, uncompiled"
+            f"lrcompile::{name} has no derivative of its own; for second derivatives {_INSTEAD}, or lrcompile.merge(model) where "
+            "a base is quantised"
         )
 
     return raises

@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from lrcompile.graph.measure import saved_bytes
+
 PHRASES = (("profit fell", "orders shrank"), ("the board met", "it has offices"), ("sales rose", "orders grew"))
 NAMES = ("negative", "neutral", "positive")
 
@@ -203,4 +205,6 @@ def test_bytes_of_a_step_by_hand(parts: ModuleType) -> None:
     optimizer.step()
     held = parts.memory.step_bytes(model, optimizer)
     assert held == {"weights": 256, "gradients": 256, "optimizer": 512 + 4}
-    assert parts.memory.saved_bytes(model, lambda: model(x)) == 2 * 5 * 8 * 4  # x and what the first layer made of it
+    assert (
+        saved_bytes(lambda: model(x), parts.memory.weights_of(model)) == 2 * 5 * 8 * 4
+    )  # x and what the first layer made of it

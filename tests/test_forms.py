@@ -72,7 +72,9 @@ def x() -> torch.Tensor:
 
 def gradients(model: nn.Module, y: torch.Tensor) -> dict[str, torch.Tensor]:
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(y.square().mean(), list(named.values()), allow_unused=True)
+    # Each output for itself: of what a norm gives out, the mean square is constant and has no gradient.
+    probe = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad((y * probe).sum(), list(named.values()), allow_unused=True)
     return {n: g for n, g in zip(named, found, strict=True) if g is not None}
 
 
@@ -105,8 +107,8 @@ def test_compiled_it_computes_the_same_and_forms_no_dense_weight(form: str, mode
     if y.requires_grad:
         eager, now = gradients(model, y), gradients(model, out)
         assert eager.keys() == now.keys()
-        for name in eager:
-            torch.testing.assert_close(now[name], eager[name], rtol=1e-3, atol=1e-6, msg=name)
+        for name in eager:  # fp32 sums in another order, through two blocks: 6e-7 of the norm seen
+            assert float((now[name] - eager[name]).norm()) <= 1e-5 * float(eager[name].norm()), name
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -114,7 +116,7 @@ def test_the_inspection_shows_bytes_and_errors(form: str, model: Net, x: torch.T
     report = lrcompile.inspect(model, (x,), Recipe(**FORMS[form][0]), verify=True)
     rewritten = report["reassociate"]
     assert all(stage.exact or stage.error is not None for stage in report.stages[1:])
-    assert "compose" not in rewritten.code or form in ("nf4",), "packed attention reads rows of one matrix"
+    assert "compose" not in rewritten.code, "no dense weight is formed"
     assert report.stages[-1].model_bytes == report.plan.bytes[1]
     assert report.stages[-1].model_parameters == report.plan.parameters[1]
     if form == "nf4 and pair":  # and once adopted, where packed tensors are the model's own parameters
@@ -170,6 +172,9 @@ def test_casting_the_model_leaves_packed_tensors_alone(model: Net, x: torch.Tens
     assert model.blocks[0].up.weight.dtype == torch.bfloat16
     assert narrow.dtype == torch.bfloat16 and float((narrow - wide).norm() / wide.norm()) < 0.03
     model.float()
+    twin = lrcompile.adopt(Net(), Recipe(rank=32, factors="int8", trainable=[]), (x,))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert twin.blocks[0].up.weight.dtype == model.blocks[0].up.weight.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert float((model(x).detach() - wide).norm() / wide.norm()) < 0.03
 
@@ -178,8 +183,8 @@ def test_an_optimizer_built_before_holds_the_pairs_alone(model: Net, x: torch.Te
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     lrcompile.adopt(model, Recipe.finetune(rank=4), (x,))
     held = {id(p) for p in optimizer.param_groups[0]["params"]}
-    leaves = {n: p for n, p in model.named_parameters() if n.rpartition(".")[2] != ""}
-    assert all((id(p) in held) == (not n.split(".")[-1].endswith(("_base", "_absmax"))) for n, p in leaves.items())
+    packed = {n for n, p in model.named_parameters() if id(p) not in held}
+    assert packed == {n for n, p in model.named_parameters() if "_base" in n} and len(packed) == 20
 
 
 def test_what_is_trained_travels_in_states_copies_and_saves(model: Net, x: torch.Tensor, tmp_path: Path):
@@ -279,7 +284,7 @@ def test_a_state_of_another_form_is_refused(model: Net, x: torch.Tensor):
     other = copy.deepcopy(model)
     state = lrcompile.adopt(model, Recipe(weights="nf4", rank=4), (x,)).state_dict()
     lrcompile.adopt(other, Recipe(weights="nf4", rank=8), (x,))
-    with pytest.raises((StateError, RuntimeError), match="nf4 \\+ rank 4.*nf4 \\+ rank 8.*adopt_like|size mismatch"):
+    with pytest.raises(StateError, match="nf4 \\+ rank 4 times 8.*nf4 \\+ rank 8 times 5.65685.*adopt_like"):
         other.load_state_dict(state)
 
 

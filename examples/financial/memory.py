@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,19 +33,3 @@ def step_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dic
         "gradients": storage_bytes(p.grad for p in model.parameters() if p.grad is not None),
         "optimizer": storage_bytes(t for state in states for t in state.values() if isinstance(t, Tensor)),
     }
-
-
-def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes that autograd saves in a forward for its backward, the model's own tensors aside."""
-    own = {t.untyped_storage().data_ptr() for t in weights_of(model)}
-    saved: list[Tensor] = []  # held, so that no storage is given out twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = forward()  # what autograd saves lives as long as its outputs
-    total = storage_bytes(t for t in saved if t.untyped_storage().data_ptr() not in own)
-    del kept
-    return total

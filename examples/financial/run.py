@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from .memory import saved_bytes, step_bytes
+from lrcompile.graph.measure import saved_bytes
+
+from .memory import step_bytes, weights_of
 from .methods import Subject
 from .scoring import training_loss
 from .tasks import Row, Sizes, Task
@@ -107,7 +109,9 @@ def saved_bytes_per_token(subject: Subject, task: Task) -> float:
         loss, count = training_loss(subject, [row] * copies, task.labels)
         del loss
         tokens.append(count)
-        saved.append(saved_bytes(subject.model, lambda n=copies: training_loss(subject, [row] * n, task.labels)))
+        saved.append(
+            saved_bytes(lambda n=copies: training_loss(subject, [row] * n, task.labels), weights_of(subject.model))
+        )
     return (saved[1] - saved[0]) / (tokens[1] - tokens[0])
 
 

@@ -42,4 +42,6 @@ def main(argv: Sequence[str]) -> None:
     try:
         import_module(f"lrcompile.bench.{name}").run(**arguments)
     except ImportError as error:
-        raise LrcompileError(f'{error}; install what it needs with pip install "lrcompile[hf]"') from error
+        raise LrcompileError(
+            f'{error}; install what it needs with pip install "lrcompile[hf,quant,examples]"'
+        ) from error

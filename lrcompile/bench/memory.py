@@ -1,12 +1,11 @@
 """Memory of finetuning: Llama-2-7B's weights, gradients and optimizer from the plan; activations of one block, measured.
 
-Full finetuning and the pairs are counted with the same AdamW, whose two moments have the dtype of what they belong to. The
-activations are what autograd holds for backward, parameters aside, each storage once, of one Llama-shaped decoder block.
+Full finetuning and the pairs are counted with the same AdamW, whose two moments have the dtype of what they belong to. QLoRA
+has the form of `Recipe.finetune()` and starts its pairs at zero, so that its bytes are the same by definition. The activations are what autograd holds for backward, parameters aside, each storage once, of one Llama-shaped decoder block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 
 import lrcompile
 from lrcompile import Recipe
+from lrcompile.graph.measure import saved_bytes
 from lrcompile.words import size
 
 RANK = 16
@@ -46,15 +46,19 @@ def _states(layers: int) -> Table:
     inputs = {"input_ids": torch.zeros(1, 128, dtype=torch.int64, device="meta"), "use_cache": False}
     recipes = {
         "full finetuning, bf16": None,
-        f"LoRA, bf16 base, rank {RANK}": Recipe.finetune(weights="dense", init="zero", rank=RANK),
-        f"QLoRA, NF4, rank {RANK}": Recipe.finetune(init="zero", rank=RANK),
-        f"Recipe.finetune(), rank {RANK}": Recipe.finetune(rank=RANK),
-        "QLoRA, nested NF4": Recipe.finetune(weights="nf4-nested", init="zero", rank=RANK),
-        "Recipe.finetune(), nested": Recipe.finetune(weights="nf4-nested", rank=RANK),
+        "LoRA, bf16 base": Recipe.finetune(weights="dense", init="zero", rank=RANK),
+        "Recipe.finetune()": Recipe.finetune(rank=RANK),
+        "the same, nested scales": Recipe.finetune(weights="nf4-nested", rank=RANK),
     }
     title = "Llama-2-7B" if layers == 32 else f"Llama-2-7B cut to {layers} layers"
     table = Table(
-        "regime", "weights", "gradients", "AdamW", "together", "less", title=f"{title}: bytes to train, by the plan"
+        "regime",
+        "weights",
+        "gradients",
+        "AdamW",
+        "together",
+        "less",
+        title=f"{title}: bytes to train with rank {RANK}, by the plan",
     )
     whole = 0
     for name, recipe in recipes.items():
@@ -65,24 +69,6 @@ def _states(layers: int) -> Table:
         whole = whole or sum(parts)
         table.add_row(name, *map(size, parts), size(sum(parts)), f"{whole / sum(parts):.2f}x")
     return table
-
-
-def saved_bytes(call: Callable[[], torch.Tensor], model: nn.Module) -> int:
-    """Bytes that autograd saves for backward in a call, parameters and buffers aside; every storage counts once."""
-    held = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage._cdata not in held:
-            saved[storage._cdata] = storage  # held, so that no address is used twice
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = call()
-    total = sum(storage.nbytes() for storage in saved.values())
-    del out
-    return total
 
 
 def _activations(quick: bool) -> Table:
@@ -120,7 +106,7 @@ def _inputs(width: int, tokens: int) -> dict[str, Any]:
 def _measure(model: nn.Module, width: int, tokens: int) -> int:
     inputs = _inputs(width, tokens)
     model.train()
-    return saved_bytes(lambda: model(**inputs)[0], model)
+    return saved_bytes(lambda: model(**inputs)[0], (*model.parameters(), *model.buffers()))
 
 
 def _ours(model: nn.Module, width: int, tokens: int) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lrcompile.cost import Device, device_named
 from lrcompile.errors import PassError, RecipeError
-from lrcompile.graph.calibrate import covariances
 from lrcompile.graph.capture import Inputs, capture
 from lrcompile.graph.pipeline import Snapshot, run_passes
 from lrcompile.graph.stage import Stage, World
 from lrcompile.kernels import launch
 from lrcompile.passes import KERNELS, pass_list
 from lrcompile.recipe import Recipe, as_recipe
-from lrcompile.weights.adopt import check_calibration, plan_of
+from lrcompile.weights.adopt import moments_for, plan_of
 from lrcompile.weights.factor import singular_values
 from lrcompile.weights.layers import AdoptedModule
 from lrcompile.weights.library import as_dense
@@ -69,7 +68,8 @@ def inspect(
     if verify and numberless:
         raise PassError("verify=True runs the graphs, and this model has no numbers (meta device); leave verify out")
     adopted = any(isinstance(m, AdoptedModule) for m in model.modules())
-    moments = _moments(model, recipe, calibration, adopted or numberless)
+    idle = adopted or numberless  # nothing is computed of what there is no start, or no number, to compute from
+    moments = {} if idle else moments_for([recipe.start], model, calibration, recipe)
     with as_dense(model, numbers=True):
         captured = capture(model, example_inputs)
         ctx = context_for(model, captured, recipe, moments)
@@ -80,16 +80,6 @@ def inspect(
         stages = run_passes(captured, passes, ctx, snapshots=True, verify=verify, values=world.values)
         plan = plan_of(model) if adopted else plan_from(model, ctx, captured)
     return Report(recipe, plan, captured.breaks, world, stages)
-
-
-def _moments(
-    model: nn.Module, recipe: Recipe, calibration: Iterable[Inputs] | None, idle: bool
-) -> Mapping[str, torch.Tensor]:
-    """What the recipe's start needs of data; nothing for an adopted model or one without numbers."""
-    if idle:
-        return {}
-    check_calibration(recipe.start, calibration)
-    return covariances(model, calibration) if calibration is not None else {}
 
 
 def _present(model: nn.Module) -> Device | None:

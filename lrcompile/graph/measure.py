@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -94,22 +95,29 @@ def cost(gm: fx.GraphModule) -> tuple[int, int]:
 
 
 def _cost(gm: fx.GraphModule, inputs: list[Any]) -> tuple[int, int]:
-    given = {x.untyped_storage()._cdata for x in inputs if isinstance(x, torch.Tensor)}
+    counter = FlopCounterMode(display=False, custom_mapping=_MORE_FORMULAS)
+    # Inputs in training need no gradient unless an earlier graph made them; the fakes know which.
+    with torch.enable_grad(), counter:
+        size = saved_bytes(lambda: gm(*inputs), (x for x in inputs if isinstance(x, torch.Tensor)))
+    return counter.get_total_flops(), size
+
+
+def saved_bytes(call: Callable[[], Any], given: Iterable[torch.Tensor]) -> int:
+    """Bytes that autograd saves for backward in a call; each storage counts once, those of the given tensors not at all."""
+    apart = {t.untyped_storage()._cdata for t in given}
     saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         storage = t.untyped_storage()
-        if storage._cdata not in given:
+        if storage._cdata not in apart:
             saved[storage._cdata] = storage
         return t
 
-    counter = FlopCounterMode(display=False, custom_mapping=_MORE_FORMULAS)
-    # Inputs in training need no gradient unless an earlier graph made them; the fakes know which.
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), counter:
-        out = gm(*inputs)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = call()
     size = sum(storage.nbytes() for storage in saved.values())
     del out
-    return counter.get_total_flops(), size
+    return size
 
 
 @torch.no_grad()
@@ -136,4 +144,4 @@ def output_error(before: list[torch.Tensor], after: list[torch.Tensor]) -> float
     return (wrong / size) ** 0.5 if size > 0 else float(wrong > 0)
 
 
-__all__ = ["cost", "output_error", "outputs", "read_inputs", "value"]
+__all__ = ["cost", "output_error", "outputs", "read_inputs", "saved_bytes", "value"]

@@ -15,7 +15,6 @@ from lrcompile.errors import AdoptError, PlanError, RecipeError
 from lrcompile.graph.capture import Inputs
 from lrcompile.graph.names import plain_name
 from lrcompile.live import Live
-from lrcompile.passes import Weight
 from lrcompile.recipe import CALIBRATED, Recipe
 from lrcompile.weights.formats import format_of
 from lrcompile.weights.layers import AdoptedModule, read_extra_state, read_trainable
@@ -36,6 +35,7 @@ from lrcompile.weights.replace import (
     unsettle,
     warn_of_lists,
 )
+from lrcompile.weights.trainable import check_trainable, freeze
 
 log = logging.getLogger("lrcompile")
 
@@ -74,60 +74,60 @@ def adopt(
             an optimizer that has stepped with it, a trained weight that would be frozen (each named).
     """
     start = time.perf_counter()
+    if not isinstance(plan_or_recipe, (Plan, Recipe)):
+        raise AdoptError(f"adopt takes a Plan or a Recipe, got {type(plan_or_recipe).__name__}")
+    refuse_adopted(model)
+    refuse_wrapped(model)
     if isinstance(plan_or_recipe, Recipe):
+        recipe = plan_or_recipe
         if example_inputs is None:
             raise AdoptError(
                 "adopting by a Recipe needs example inputs: lrcompile.adopt(model, recipe, example_inputs)"
             )
-        refuse_adopted(model)
-        refuse_wrapped(model)
-        check_calibration(plan_or_recipe.start, calibration)
-        needed = plan_or_recipe.start in CALIBRATED
-        the_plan = None if needed else plan(model, example_inputs, plan_or_recipe)
-    elif isinstance(plan_or_recipe, Plan):
+        moments = moments_for([recipe.start], model, calibration, recipe)
+        the_plan = plan(model, example_inputs, recipe, covariances=moments)
+    else:
         if example_inputs is not None:
             raise AdoptError("example inputs go with a Recipe; a Plan has its decisions already")
         the_plan = plan_or_recipe
-        inits = [e.init for e in the_plan.adopted if e.rank is not None and e.init in CALIBRATED]
-        check_calibration(inits[0] if inits else "svd", calibration)
-        needed = bool(inits)
-        refuse_adopted(model)
-        refuse_wrapped(model)
         with as_dense(model, numbers=False):
             the_plan.check(model)
-    else:
-        raise AdoptError(f"adopt takes a Plan or a Recipe, got {type(plan_or_recipe).__name__}")
-    moments: Mapping[str, torch.Tensor] = {}
-    if needed and calibration is not None:
-        from lrcompile.graph.calibrate import covariances
-
-        moments = covariances(model, calibration, plan_or_recipe if isinstance(plan_or_recipe, Recipe) else None)
-    if the_plan is None:
-        assert isinstance(plan_or_recipe, Recipe) and example_inputs is not None
-        the_plan = plan(model, example_inputs, plan_or_recipe, covariances=moments)
+        moments = moments_for([e.init for e in the_plan.adopted if e.rank is not None], model, calibration)
     _check_reached(the_plan, moments)
     made = write_plan(model, the_plan, computed(the_plan.recipe, moments))
     tell(the_plan.entries, [m.entry for m in made], the_plan.parameters, time.perf_counter() - start)
     return model
 
 
-def check_calibration(init: str, calibration: object) -> None:
-    """Raise RecipeError where a start needs data and there is none, or the other way round."""
-    if init in CALIBRATED and calibration is None:
+def moments_for(
+    inits: Iterable[str], model: nn.Module, calibration: Iterable[Inputs] | None, recipe: Recipe | None = None
+) -> Mapping[str, torch.Tensor]:
+    """The second moments that these starts look at, of the weights that a recipe selects; nothing where none looks at data.
+
+    Raises:
+        RecipeError: they need calibration data and there are none, or the other way round.
+    """
+    inits = list(inits)
+    init = next((i for i in inits if i in CALIBRATED), None)
+    if init is not None and calibration is None:
         raise RecipeError(
             f"init={init!r} looks at data: lrcompile.adopt(model, recipe, example_inputs, calibration=batches), each batch as "
             "example_inputs"
         )
-    if init not in CALIBRATED and calibration is not None:
-        raise RecipeError(
-            f"init={init!r} looks at no data: leave calibration out, or choose from {', '.join(CALIBRATED)}"
-        )
+    if init is None and calibration is not None:
+        told = f"init={inits[0]!r}" if inits else "a model without pairs"
+        raise RecipeError(f"{told} looks at no data: leave calibration out, or choose from {', '.join(CALIBRATED)}")
+    if calibration is None:
+        return {}
+    from lrcompile.graph.calibrate import covariances  # which stands on the floor above
+
+    return covariances(model, calibration, recipe)
 
 
 def _check_reached(the_plan: Plan, moments: Mapping[str, torch.Tensor]) -> None:
     """Refuse a data-aware start of weights that no calibration batch went through, as those of experts never chosen."""
     blind = [e.key for e in the_plan.adopted if e.rank is not None and e.init in CALIBRATED and e.key not in moments]
-    if blind and moments:
+    if blind:
         raise PlanError(
             f"no calibration batch reached {', '.join(blind[:5])}{', …' if len(blind) > 5 else ''}: give batches that do, or "
             "leave them out with exclude"
@@ -146,44 +146,6 @@ def write_plan(model: nn.Module, the_plan: Plan, make: Maker, *, computes: bool 
     if trainable is not None:
         freeze(model, trainable)
     return made
-
-
-def check_trainable(model: nn.Module, globs: Sequence[str]) -> None:
-    """Raise PlanError for a glob that matches no parameter of the model, nor a module that holds one."""
-    names = tuple(plain_name(n) for n, _ in model.named_parameters(remove_duplicate=False))
-    everything = Weight(names, (1, 1), torch.float32)
-    for glob in globs:
-        if not everything.matches(glob):
-            raise PlanError(f"trainable={glob!r} matches no parameter, and no module that holds one")
-
-
-def freeze(model: nn.Module, trainable: Sequence[str]) -> None:
-    """Leave gradients to the pairs, and to parameters that match a glob by name, or by a module that holds them.
-
-    What is frozen loses the gradient that it has: an optimizer built earlier would move it once more.
-    """
-    pairs = {
-        id(leaf)
-        for module in model.modules()
-        if isinstance(module, AdoptedModule)
-        for name, form in module.lr_forms
-        for suffix, leaf in module.lr_parts(name).items()
-        if form.leaves[suffix].pair
-    }
-    packed = {
-        id(getattr(module, leaf))
-        for module in model.modules()
-        if isinstance(module, AdoptedModule)
-        for leaf in module.lr_leaves
-    } - pairs
-    named: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        named.setdefault(id(p), []).append(plain_name(name))
-    for p in model.parameters():
-        wanted = any(Weight(tuple(named[id(p)]), (1, 1), p.dtype).matches(glob) for glob in trainable)
-        p.requires_grad_(id(p) in pairs or (wanted and id(p) not in packed))
-        if not p.requires_grad:
-            p.grad = None
 
 
 def _changes(model: nn.Module, the_plan: Plan, computes: bool) -> list[Change]:

@@ -212,8 +212,9 @@ def _computed(name: str, form: Form) -> property:
                 product = form.read(leaves, dtype=self.lr_dtypes[name])
         else:
             product = form.read(leaves, dtype=self.lr_dtypes[name])
-        if form.base is None and form.factors is None and product.dtype != leaves["_b"].dtype:
-            product = product.to(leaves["_b"].dtype)  # under autocast: model code asks for the dtype that is stored
+        stored = self.lr_dtypes[name] if form.base or form.factors else leaves["_b"].dtype
+        if product.dtype != stored:
+            product = product.to(stored)  # under autocast: model code asks for the dtype that is stored
         if not torch.compiler.is_compiling() and not product.is_inference():
             _warn_if_written(product, f"{type(self).__name__}.{name}", _spelled(name.rpartition(".")[2], form))
         return product
