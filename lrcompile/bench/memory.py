@@ -1,7 +1,8 @@
 """Memory of finetuning: Llama-2-7B's weights, gradients and optimizer from the plan; activations of one block, measured.
 
 Full finetuning and the pairs are counted with the same AdamW, whose two moments have the dtype of what they belong to. QLoRA
-has the form of `Recipe.finetune()` and starts its pairs at zero, so that its bytes are the same by definition. The activations are what autograd holds for backward, parameters aside, each storage once, of one Llama-shaped decoder block.
+has the form of `Recipe.finetune()` and starts its pairs at zero, so that its bytes are the same by definition. The
+activations are what autograd holds for backward, parameters aside, each storage once, of one Llama-shaped decoder block.
 """
 
 from __future__ import annotations
