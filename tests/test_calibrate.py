@@ -15,6 +15,7 @@ from lrcompile.graph.calibrate import covariances
 from lrcompile.weights.planner import plan
 
 from .helpers import VOCAB, WIDTH, Attention, Block, LanguageModel, Spelled, Stack, tiny_llama
+from .kernels.numbers import assert_same
 
 
 def hooked(model: nn.Module, batches: list) -> dict[str, Tensor]:
@@ -162,7 +163,7 @@ def test_under_autocast_too():
         found = covariances(model, [(x,)])
         expected = hooked(model, [(x,)])
     first = "blocks.0.up.weight"
-    torch.testing.assert_close(found[first].double(), expected[first], rtol=1e-4, atol=1e-3)
+    assert_same(found[first].double(), expected[first], torch.float32, roundings=8)  # sums of 300 rows: 2 seen
     assert all(t.dtype == torch.float32 for t in found.values())
 
 

@@ -170,13 +170,13 @@ def test_casting_the_model_leaves_packed_tensors_alone(model: Net, x: torch.Tens
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     narrow = model(x.to(torch.bfloat16)).detach()
     assert model.blocks[0].up.weight.dtype == torch.bfloat16
-    assert narrow.dtype == torch.bfloat16 and float((narrow - wide).norm() / wide.norm()) < 0.03
+    assert narrow.dtype == torch.bfloat16 and float((narrow - wide).norm() / wide.norm()) < 0.01  # 0.005 seen
     model.float()
     twin = lrcompile.adopt(Net(), Recipe(rank=32, factors="int8", trainable=[]), (x,))
     with torch.autocast("cpu", torch.bfloat16):
         assert twin.blocks[0].up.weight.dtype == model.blocks[0].up.weight.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        assert float((model(x).detach() - wide).norm() / wide.norm()) < 0.03
+        assert float((model(x).detach() - wide).norm() / wide.norm()) < 0.01  # 0.002 seen
 
 
 def test_an_optimizer_built_before_holds_the_pairs_alone(model: Net, x: torch.Tensor):
@@ -246,7 +246,8 @@ def test_merging_into_a_requantised_base_tells_the_error(model: Net, x: torch.Te
     lrcompile.merge(model, weights="int8")
     assert "merged 10 weights into int8: mean relative error" in caplog.text
     assert {e.fate for e in plan_of(model).adopted} == {"int8"} and all(e.error < 0.01 for e in plan_of(model).adopted)
-    assert float((model(x).detach() - y).norm() / y.norm()) < 0.02 and not model.blocks[0].up.weight_base.requires_grad
+    assert float((model(x).detach() - y).norm() / y.norm()) < 0.006  # int8's error: 0.003 seen
+    assert not model.blocks[0].up.weight_base.requires_grad
     with pytest.raises(AdoptError, match="no weight of the model has a pair, or all are merged already"):
         lrcompile.merge(model, weights="int8")
     lrcompile.merge(model)

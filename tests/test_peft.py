@@ -21,6 +21,7 @@ from lrcompile.weights.layers import AdoptedModule
 
 from .helpers import tiny_llama
 from .helpers_adopt import close, snapshot
+from .kernels.numbers import assert_same
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -298,7 +299,8 @@ def test_half_precision_and_training_on(tmp_path: Path) -> None:
     trained(theirs).save_pretrained(tmp_path / "in", save_embedding_layers=False)
     model = lrcompile.load_peft(copy.deepcopy(dense), tmp_path / "in", IDS)
     assert model.model.layers[0].mlp.down_proj.weight_a.dtype == torch.bfloat16
-    torch.testing.assert_close(logits(model), logits(theirs), rtol=0.05, atol=0.02)
+    # The same products in the same order: equal where this was written; one rounding is left to other libraries.
+    assert_same(logits(model), logits(theirs), torch.bfloat16)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     before = logits(model)
     model(**IDS).logits.float().square().mean().backward()
