@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ KINDS = "a Hugging Face model directory, a config.json, a GGUF file, or module:f
 LENGTH = 32  # tokens in example inputs
 
 
-def load_source(source: str) -> tuple[nn.Module, Any]:
+def load_source(source: str, *, device: str | None = "meta") -> tuple[nn.Module, Any]:
     """The model that a command-line argument means, and inputs to call it with.
 
     Args:
         source: a directory or GGUF file of transformers (real weights), a transformers config.json (the model is built
             on the `meta` device: shapes alone), or "module:factory", a callable that returns (model, example_inputs).
+        device: that a model of a config.json is built on; None: as the caller's context has it.
 
     Raises:
         LrcompileError: no such file, nothing that can be read as a model, transformers is missing, or the factory failed.
@@ -37,7 +39,7 @@ def load_source(source: str) -> tuple[nn.Module, Any]:
     if path.is_file() and path.suffix == ".gguf":
         return _from_gguf(path)
     if path.is_file() and path.suffix == ".json":
-        return _from_config(path)
+        return _from_config(path, device)
     if path.exists():
         raise LrcompileError(f"{source} is no model that can be read; give {KINDS}")
     if ":" in source and os.sep not in source:
@@ -104,13 +106,13 @@ def _from_gguf(path: Path) -> tuple[nn.Module, Any]:
     return model, example_inputs(model)
 
 
-def _from_config(path: Path) -> tuple[nn.Module, Any]:
+def _from_config(path: Path, device: str | None) -> tuple[nn.Module, Any]:
     tf = _transformers()
     config = _config(tf, path)
 
     def build() -> Any:
         kind = _class(tf, config)
-        with torch.device("meta"):
+        with torch.device(device) if device else nullcontext():
             return kind.from_config(config) if hasattr(kind, "from_config") else kind._from_config(config)
 
     model = _try(path, build)

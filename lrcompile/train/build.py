@@ -1,0 +1,173 @@
+"""The model of a run: planned, adopted on the `meta` device, and where its first values will come from."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrcompile.errors import TrainError
+from lrcompile.recipe import CALIBRATED, Recipe
+from lrcompile.sources import load_source
+from lrcompile.train.values import Drawn, Held, Values, parameters_on_meta
+from lrcompile.weights.adopt import adopt
+from lrcompile.weights.plan import Plan
+from lrcompile.weights.planner import plan
+
+IGNORED = -100  # a target that is not predicted, as torch's cross_entropy has it
+
+
+@dataclass
+class Built:
+    """A model that is still to be given its values.
+
+    Attributes:
+        model: adopted, its parameters on `meta`, its buffers real, on the CPU.
+        plan: what was decided; None for a model that stays dense.
+        values: the dense values that it starts from.
+        blocks: names of the layers that are sharded, compiled and recomputed one by one.
+    """
+
+    model: nn.Module
+    plan: Plan | None
+    values: Values
+    blocks: list[str]
+
+
+def build(
+    source: str,
+    recipe: Recipe | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+    length: int = 32,
+    seed: int = 0,
+) -> Built:
+    """Build a model of a source, plan it and adopt the Plan, all without its values.
+
+    Args:
+        source: as for the command line (`lrcompile.sources`): a config.json is drawn from the seed; a directory, GGUF file
+            or module:factory gives values, which every rank holds on its CPU until they are handed out.
+        recipe: None leaves the model dense.
+        dtype: of the parameters.
+        attention: transformers' name of an implementation, such as "sdpa".
+        length: tokens of the example that is captured.
+        seed: of drawn values; and set before module:factory is called.
+
+    Raises:
+        TrainError: a recipe that looks at data, a model without layers.
+    """
+    if recipe is not None and recipe.start in CALIBRATED:
+        raise TrainError(
+            f"init={recipe.start!r} looks at data, which the driver doesn't collect: adopt and lrcompile.save the model in a "
+            "script of your own, or choose another start"
+        )
+    torch.manual_seed(seed)
+    dense, _ = load_source(source)
+    _settle(dense, dtype, attention)
+    names = blocks(dense)
+    drawn = any(p.is_meta for p in dense.parameters())
+    the_plan = None if recipe is None else plan(dense, example(dense, length), recipe)
+    if drawn:
+        model = _with_buffers(Path(source), dtype, attention)
+        values: Values = Drawn(copy.deepcopy(model), names, seed)
+    else:
+        model, values = _on_meta(dense), Held(dense, names)
+    if the_plan is not None:
+        adopt(model, the_plan)
+    return Built(model, the_plan, values, names)
+
+
+def blocks(model: nn.Module) -> list[str]:
+    """Names of a model's layers: the members of its outermost ModuleLists that are more than a list of small parts.
+
+    Raises:
+        TrainError: there is none.
+    """
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{block}.") for block in found)
+        if isinstance(module, nn.ModuleList) and not inside:
+            found += [f"{name}.{key}" for key, child in module.named_children() if next(child.parameters(), None) is not None]
+    if not found:
+        raise TrainError(f"{type(model).__name__} has no nn.ModuleList of layers, which are sharded one by one")
+    return found
+
+
+def example(model: nn.Module, length: int) -> Any:
+    """Example inputs on the device of the model's parameters: one row of `length` tokens."""
+    device = next(model.parameters()).device
+    tokens = torch.zeros(1, length, dtype=torch.int64, device=device)
+    return inputs(model, tokens, torch.arange(length, device=device)[None])
+
+
+def inputs(model: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> Any:
+    """What the model is called with: keywords of transformers where it has them, the tokens alone where not.
+
+    Args:
+        tokens: int64 (rows, length).
+        positions: int64 (rows, length), from 0 in every document: models of transformers keep attention inside a document
+            by them.
+    """
+    accepted = _accepted(model)
+    if "position_ids" not in accepted:
+        return (tokens,)
+    given = {"input_ids": tokens, "position_ids": positions}
+    return {**given, "use_cache": False} if "use_cache" in accepted else given
+
+
+def logits_of(model: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Call a model: (rows, length) tokens -> (rows, length, vocabulary) logits."""
+    given = inputs(model, tokens, positions)
+    output = model(**given) if isinstance(given, Mapping) else model(*given)
+    if isinstance(output, torch.Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, torch.Tensor):
+        raise TrainError(f"{type(model).__name__} returns {type(output).__name__}; a language model returns logits")
+    return logits
+
+
+def keeps_documents_apart(model: nn.Module) -> bool:
+    """Whether attention stays inside a document where several share a row."""
+    return "position_ids" in _accepted(model)
+
+
+def _accepted(model: nn.Module) -> set[str]:
+    found = model.__dict__.get("lr_accepted")
+    if found is None:
+        found = set(inspect.signature(type(model).forward).parameters)
+        model.__dict__["lr_accepted"] = found
+    return found
+
+
+def _settle(model: nn.Module, dtype: torch.dtype, attention: str | None) -> None:
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(dtype)
+    if attention is not None and hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation(attention)
+
+
+def _with_buffers(config: Path, dtype: torch.dtype, attention: str | None) -> nn.Module:
+    """The model of a transformers config with its parameters on `meta` and its buffers real."""
+    drawing = importlib.import_module("transformers.initialization")
+    with parameters_on_meta(), drawing.no_init_weights():
+        model, _ = load_source(str(config), device=None)
+    model.tie_weights()
+    _settle(model, dtype, attention)
+    return model
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A twin without the parameters' values; its buffers are copies."""
+    # A parameter on meta for each, ties kept; deepcopy takes what the memo has instead of copying.
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
