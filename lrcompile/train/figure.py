@@ -137,7 +137,7 @@ def _curves(axes: Any, runs: Sequence[History], name: str, title: str) -> None:
             axes.plot(*_thin(run.step, values), color=colour, alpha=0.22, linewidth=0.7)
             values = smooth(values)
         # Schedules are often the same: a line that is covered shows on both sides of the one above it.
-        width = 1.6 + (2.0 * (len(runs) - 1 - i) if name == "lr" else 0.0)
+        width = 1.6 + (1.3 * (len(runs) - 1 - i) if name == "lr" else 0.0)
         axes.plot(*_thin(run.step, values), color=colour, linewidth=width, linestyle=_dash(i))
         least, most = min(least, float(np.nanmin(values))), max(most, float(np.nanmax(values)))
     if name == "grad_norm" and 0 < least * 5 < most:

@@ -199,16 +199,16 @@ def compare(runs: Sequence[History]) -> list[tuple[str, list[str]]]:
 def smooth(values: np.ndarray) -> np.ndarray:
     """A mean over the neighbours on both sides, a fiftieth of the curve in all: it doesn't lag where the curve falls.
 
-    Near an end fewer neighbours are taken, as many on one side as on the other. NaN where a value isn't finite; such
-    values count in no mean.
+    Near the start, where curves are steep, fewer are taken, as many on one side as on the other; at the end those on the
+    left alone. NaN where a value isn't finite; such values count in no mean.
     """
     n = len(values)
     good = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(good)])
     i = np.arange(n)
-    half = np.minimum(np.minimum(i, n - 1 - i), n // 100)
-    low, high = i - half, i + half + 1
+    half = np.minimum(i, n // 100)
+    low, high = i - half, np.minimum(i + half + 1, n)
     out = np.full(n, np.nan)
     out[good] = (sums[high] - sums[low])[good] / (counts[high] - counts[low])[good]
     return out
