@@ -17,7 +17,7 @@ from lrcompile.words import count
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _INK, _SOFT, _GRID = "#1d2129", "#667085", "#e3e6ec"
 _MOST_POINTS = 4000  # of a curve; the picture has fewer columns of dots than that
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # matplotlib types the keys one by one
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
     "text.color": _INK,
@@ -57,7 +57,7 @@ def png(runs: Sequence[History]) -> bytes:
     except ImportError as error:
         raise MissingLibraryError("the picture needs matplotlib: pip install 'lrcompile[train]'") from error
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(13.5, 7.4), layout="constrained")
+        figure: Any = Figure(figsize=(13.5, 7.4), layout="constrained")
         FigureCanvasAgg(figure)
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         axes = figure.subplots(2, 3, sharey=False)
@@ -183,7 +183,7 @@ def _legend(figure: Any, runs: Sequence[History]) -> None:
     figure.legend(handles, labels, loc="outside upper left", ncols=min(6, len(handles)), frameon=False, fontsize=9.5)
 
 
-def _dash(i: int) -> str:
+def _dash(i: int) -> Any:
     """Colours come round again after six runs; the dashes tell them apart."""
     return ("-", "--", "-.")[i // len(_COLOURS) % 3]
 
