@@ -42,16 +42,21 @@ def materialise(built: Built, device: torch.device) -> None:
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
-    """Move a model's parameters from `meta` to a device, without values; its buffers, and what is shared, are kept."""
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)  # the same Parameter objects: ties stay
-    try:
-        model.to_empty(device=device)
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(before)
-    for name, b in buffers.items():
-        _buffer(model, name).copy_(b)
+    """Give a model's parameters memory on a device, without values, before its first step; what is shared stays so.
+
+    FSDP takes the new parameters up when it first runs.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_meta:
+                if id(p) not in made:
+                    made[id(p)] = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
+                    made[id(p)].__dict__.update(p.__dict__)
+                module._parameters[name] = made[id(p)]
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = b.to(device)
 
 
 def fill(place: torch.Tensor, value: torch.Tensor) -> None:
