@@ -270,8 +270,8 @@ def test_forgeries_with_right_checksums_are_refused(
     (tmp_path / "forged").mkdir()
     path = tmp_path / "forged" / "adapter.safetensors"
     save_file(tensors, path)
-    index |= {"sha256": folder._sha256(path), "bytes": path.stat().st_size}
-    index["checksum"] = folder._checksum(index)
+    index |= {"sha256": folder.sha256(path), "bytes": path.stat().st_size}
+    index["checksum"] = folder.checksum(index)
     (tmp_path / "forged" / "adapter.json").write_text(json.dumps(index))
     refused(finetuned(), tmp_path / "forged", said)
 

@@ -86,7 +86,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """An attacker's index: altered, its checksum made right again."""
     index = json.loads((folder / "lrcompile.json").read_text())
     change(index)
-    index["checksum"] = folder_module._checksum(index)
+    index["checksum"] = folder_module.checksum(index)
     (folder / "lrcompile.json").write_text(json.dumps(index))
 
 

@@ -57,11 +57,11 @@ def write_saved(
         save_file(tensors, work / kind.weights, metadata={"format": kind.format})
         index = {
             "format": kind.format,
-            "sha256": _sha256(work / kind.weights),
+            "sha256": sha256(work / kind.weights),
             "bytes": (work / kind.weights).stat().st_size,
             **told,
         }
-        index["checksum"] = _checksum(index)
+        index["checksum"] = checksum(index)
         (work / kind.index).write_text(json.dumps(index, indent=1))
 
     refuse_taken(target, kind)
@@ -109,7 +109,7 @@ def publish(target: Path, fill: Callable[[Path], None], files: tuple[str, ...]) 
     try:
         fill(work)
         for path in (*(work / name for name in files), work):
-            _flush(path)
+            flush(path)
         # Made for the owner alone (mkdtemp, and safetensors' own file).
         os.chmod(work, 0o777 & ~_umask())
         for name in files:
@@ -117,7 +117,7 @@ def publish(target: Path, fill: Callable[[Path], None], files: tuple[str, ...]) 
         if target.exists():
             # Two renames: a crash between them leaves the old directory whole under the second name.
             old = work.with_suffix(".replaced")
-            held += _held(target)
+            held += lock(target)
             os.rename(target, old)
             try:
                 os.rename(work, target)
@@ -127,7 +127,7 @@ def publish(target: Path, fill: Callable[[Path], None], files: tuple[str, ...]) 
             shutil.rmtree(old)
         else:
             os.rename(work, target)
-        _flush(target.parent)
+        flush(target.parent)
         _remove_leftovers(target, ".replaced")
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
@@ -150,7 +150,7 @@ def _read_index(kind: Kind, folder: Path) -> dict[str, Any]:
         raise StateError(f"{folder / kind.index} is truncated or altered: {error}") from error
     if not isinstance(index, dict) or index.get("format") != kind.format:
         raise StateError(f"{folder} was not saved by this version of lrcompile (its format is not {kind.format!r})")
-    if index.get("checksum") != _checksum(index):
+    if index.get("checksum") != checksum(index):
         raise StateError(f"{folder / kind.index} was altered since it was saved: its checksum doesn't match")
     if not (type(index.get("bytes")) is int and all(isinstance(index.get(k), str) for k in ("sha256", *kind.texts))):
         raise StateError(f"{folder / kind.index} lacks a part that lrcompile writes")
@@ -164,16 +164,16 @@ def _check_weights(kind: Kind, folder: Path, index: dict[str, Any]) -> None:
     size = weights.stat().st_size
     if size != index["bytes"]:
         raise StateError(f"{weights} is truncated: {size} of {index['bytes']} bytes; copy it again")
-    if _sha256(weights) != index["sha256"]:
+    if sha256(weights) != index["sha256"]:
         raise StateError(f"{weights} was altered since it was saved: its checksum doesn't match; copy it again")
 
 
-def _checksum(index: dict[str, Any]) -> str:
+def checksum(index: dict[str, Any]) -> str:
     body = {k: v for k, v in index.items() if k != "checksum"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -181,7 +181,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -189,7 +189,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _held(folder: Path, wait: bool = True) -> list[int]:
+def lock(folder: Path, wait: bool = True) -> list[int]:
     """Lock a folder until the handle is closed or the process dies; no handle where the file system has no locks.
 
     Raises:
@@ -214,7 +214,7 @@ def _work_folder(target: Path) -> tuple[Path, list[int]]:
     while True:
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
         try:
-            held = _held(work)
+            held = lock(work)
         except FileNotFoundError:  # another save removed it before it was locked
             continue
         if work.exists():
@@ -228,7 +228,7 @@ def _remove_leftovers(target: Path, suffix: str) -> None:
     # Eight characters: what mkdtemp puts between the two.
     for folder in target.parent.glob(f".{glob.escape(target.name)}.{'?' * 8}{suffix}"):
         try:
-            held = _held(folder, wait=False)
+            held = lock(folder, wait=False)
         except (FileNotFoundError, BlockingIOError):
             continue
         if held:

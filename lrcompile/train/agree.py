@@ -1,0 +1,88 @@
+"""Steps that all ranks take together: what fails on one of them fails on all, with the same words, and none waits for ever."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from lrcompile.errors import TrainError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The ranks of a group, talking over a gloo group of their own; one rank where torch.distributed isn't initialised.
+
+    The group is their own, so that a background thread talks on it while the training step talks on others: collectives
+    of one group must come in the same order on every rank. Two threads must not talk on it at once.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group: dist.ProcessGroup | None = None
+        self.rank, self.world = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            members = None if group is None else dist.get_process_group_ranks(group)
+            self.group = dist.new_group(members, backend="gloo", use_local_synchronization=members is not None)
+            self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+
+    def gather(self, value: T) -> list[T]:
+        """A value of each rank, on all ranks.
+
+        Raises:
+            TrainError: a rank is gone.
+        """
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world
+        try:
+            dist.all_gather_object(values, value, group=self.group)
+        except RuntimeError as error:
+            raise TrainError(f"another rank is gone, or too slow: {error}") from error
+        return values
+
+    def agreed(self, doing: str, part: Callable[[], T]) -> list[T]:
+        """Do a rank's part of something; what each rank's part gave, by rank.
+
+        Args:
+            doing: opens the message of an error.
+
+        Raises:
+            TrainError: a part failed, here or on another rank.
+        """
+        cause, result, problem = None, None, None
+        try:
+            result = part()
+        except Exception as error:
+            cause, problem = error, described(error)
+        answers = self.gather((result, problem))
+        problems = {rank: told for rank, (_, told) in enumerate(answers) if told is not None}
+        if problems:
+            raise TrainError(f"{doing}: {joined(problems)}") from cause
+        return [result for result, _ in answers]  # type: ignore[misc]
+
+    def close(self) -> None:
+        if self.group is not None and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+        self.group = None
+
+
+def joined(problems: dict[int, str]) -> str:
+    """What went wrong on which ranks; what all of them say is said once."""
+    by_text: dict[str, list[int]] = {}
+    for rank, problem in sorted(problems.items()):
+        by_text.setdefault(problem, []).append(rank)
+    if len(by_text) == 1 and (len(problems) == 1 or 0 in problems):
+        return next(iter(by_text))
+    return "; ".join(f"{text} (rank {', '.join(map(str, ranks))})" for text, ranks in by_text.items())
+
+
+def described(error: BaseException) -> str:
+    """An error in one line, with the fix where there is one."""
+    if isinstance(error, TrainError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.strerror or error}: make room, keep fewer checkpoints, or save to another disk"
+    return f"{type(error).__name__}: {error}"
