@@ -37,3 +37,7 @@ class MissingLibraryError(LrcompileError, ImportError):
 
 class KernelError(LrcompileError, RuntimeError):
     """A kernel was given operands, or forced on operands, that it can't take."""
+
+
+class TrainError(LrcompileError, RuntimeError):
+    """A training run can't start, or can't go on: its config, data or checkpoint."""
