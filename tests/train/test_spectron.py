@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lrcompile.errors import TrainError
-from lrcompile.train.optimizers import Spectron
+from lrcompile.train.optimizers import Spectron, schedule
 from lrcompile.train.optimizers.orthogonal import QUINTIC, fixed_vector, largest_singular_value, orthogonalise
 
 
@@ -121,25 +121,32 @@ def test_against_a_plain_statement(scale: float, nesterov: bool) -> None:
     torch.testing.assert_close(b.detach().double(), y, rtol=0, atol=2e-4)
 
 
-def regression(make, steps: int = 60) -> float:
+def worst_of_two(make, steps: int = 100) -> float:
+    """Two regressions at one learning rate, the gradients of one 400 times the other's: the larger share of loss left."""
     torch.manual_seed(1)
-    a, b = pair()
+    sides = [pair(size=0.1), pair(size=0.1)]
     x = torch.randn(200, 40) * torch.logspace(0, -1.5, 40)  # inputs of unequal size, as a model's are
-    y = x @ torch.randn(40, 3) @ torch.randn(3, 24)
-    optimizer = make(a, b)
-    for _ in range(steps):
+    ys = [x @ torch.randn(40, 6) @ torch.randn(6, 24) for _ in sides]
+    optimizer = make([p for ab in sides for p in ab])
+    rate, at = optimizer.param_groups[0]["lr"], schedule("linear", steps=steps, final=0.0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * at(step)
         optimizer.zero_grad()
-        loss = (x @ a.T @ b.T - y).square().mean()
-        loss.backward()
+        losses = [(x @ a.T @ b.T - y).square().mean() / y.square().mean() for (a, b), y in zip(sides, ys, strict=True)]
+        (losses[0] + losses[1] / 400).backward()
         optimizer.step()
-    return loss.item()
+    worst = max(float(loss) for loss in losses)
+    return worst if math.isfinite(worst) else math.inf
 
 
-def test_it_learns_faster_than_the_best_sgd() -> None:
-    ours = min(regression(lambda a, b, lr=lr: Spectron([a, b], lr=lr)) for lr in (0.1, 0.3, 1.0))
-    rates = (0.003, 0.01, 0.03, 0.1, 0.3)
-    sgd = [regression(lambda a, b, lr=lr: torch.optim.SGD([a, b], lr=lr, momentum=0.95)) for lr in rates]
-    assert ours < 0.7 * min(loss for loss in sgd if math.isfinite(loss))
+def test_it_learns_what_no_rate_of_sgd_does() -> None:
+    ours = min(worst_of_two(lambda p, lr=lr: Spectron(p, lr=lr)) for lr in (0.3, 1.0, 3.0))
+    sgd = [
+        worst_of_two(lambda p, lr=lr: torch.optim.SGD(p, lr=lr, momentum=0.95))
+        for lr in (0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+    ]
+    assert ours < 0.02
+    assert ours < 0.2 * min(sgd)
 
 
 def test_sides_without_gradients_and_zeros() -> None:
@@ -178,16 +185,14 @@ def test_state_goes_on_to_the_bit(dtype: torch.dtype) -> None:
     state = copy.deepcopy(optimizer.state_dict())
     assert all(v.dtype == torch.float32 for s in state["state"].values() for v in s.values())
     assert {k: set(s) for k, s in state["state"].items()} == {0: {"momentum", "vector"}, 1: {"momentum", "vector"}}
+    kept = copy.deepcopy(state)
     c, d = (nn.Parameter(p.detach().clone()) for p in (a, b))
-    other = Spectron([{"params": [c, d], "scales": [0.5]}], lr=1.0)
+    other = Spectron([{"params": [c, d], "scales": [1.0]}], lr=1.0)
     other.load_state_dict(state)
     torch.manual_seed(99)  # no random numbers are used
     steps(other, (c, d), grads[3:])
-    assert all(
-        torch.equal(v, other.state_dict()["state"][k][n]) is False
-        for k, s in state["state"].items()
-        for n, v in s.items()
-    )
+    for k, saved in kept["state"].items():  # what was given isn't written to
+        assert all(torch.equal(v, state["state"][k][name]) for name, v in saved.items())
     torch.manual_seed(5)
     steps(optimizer, (a, b), grads[3:])
     assert torch.equal(a, c) and torch.equal(b, d) and a.dtype == dtype
