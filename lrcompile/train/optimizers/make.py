@@ -1,0 +1,134 @@
+"""The optimizers of a model, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrcompile.errors import MissingLibraryError, TrainError
+from lrcompile.train.optimizers.groups import Pair, flat, roles
+from lrcompile.train.optimizers.muon import Muon
+from lrcompile.train.optimizers.product_decay import decay_products
+from lrcompile.train.optimizers.spectron import Spectron
+
+OPTIMIZERS = ("adamw", "adamw8bit", "muon", "spectron")
+
+Group = dict[str, Any]
+
+
+def optimizers(
+    model: nn.Module,
+    name: str,
+    *,
+    lr: float,
+    factor_lr: float | Callable[[Pair], float] | None = None,
+    matrix_lr: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    product_decay: float = 0.0,
+    momentum: float = 0.95,
+) -> list[torch.optim.Optimizer]:
+    """Optimizers that between them hold each trainable parameter of a model once, with the groups that pairs need.
+
+    ===========  =========================================  ===================================================
+    name         pairs                                      everything else
+    ===========  =========================================  ===================================================
+    adamw        AdamW (fused where the device has it)      the same
+    adamw8bit    AdamW with 8-bit state (torchao)           the same
+    muon         Muon, each side a matrix                   Muon for the matrices of the blocks, AdamW for the rest
+    spectron     Spectron                                   AdamW
+    ===========  =========================================  ===================================================
+
+    Weight decay falls on dense matrices (also the output head, convolutions, experts); never on norms, biases and embeddings,
+    nor on the sides of a pair, where it would penalise the nuclear norm: `product_decay` decays their product instead.
+    Each group carries `base_lr`: set group["lr"] = group["base_lr"] * schedule(step) before each step.
+
+    Build them after `fully_shard`, and after what is frozen has been.
+
+    Args:
+        lr: of all but the pairs; AdamW's scale.
+        factor_lr: of the pairs: a number; or a function of a Pair, for a rate that depends on its rank; None: lr. Spectron's is
+            the spectral norm that one step may change a product by, hundreds of times AdamW's.
+        matrix_lr: of the dense matrices that Muon moves; None: lr, which Muon scales to the size of AdamW's steps.
+        betas, eps: AdamW's.
+        weight_decay: of dense matrices, decoupled.
+        product_decay: of the pairs' products, decoupled.
+        momentum: Muon's and Spectron's.
+
+    Raises:
+        TrainError: an unknown name; nothing to train; "spectron" for a model without trainable pairs.
+        MissingLibraryError: "adamw8bit" without torchao.
+    """
+    if name not in OPTIMIZERS:
+        raise TrainError(f"optimizer {name!r} is unknown; known are {', '.join(OPTIMIZERS)}")
+    found = roles(model)
+    rate = factor_lr if callable(factor_lr) else lambda _: lr if factor_lr is None else factor_lr
+    pairs = _pair_groups(found.pairs, rate, product_decay)
+    sides = _group(found.sides, lr if factor_lr is None or callable(factor_lr) else factor_lr, 0.0)
+    hidden = _group(found.hidden, lr, weight_decay)
+    rest = _group(found.outer, lr, weight_decay) + _group(found.plain, lr, 0.0)
+    if not pairs + sides + hidden + rest:
+        raise TrainError(
+            "no parameter of the model is trainable; adopt a recipe that trains pairs, or set requires_grad"
+        )
+    if name == "spectron" and not pairs:
+        raise TrainError(
+            "spectron trains pairs, and this model has none that are trainable; use adamw or muon, or adopt first"
+        )
+
+    made: list[torch.optim.Optimizer] = []
+    if name == "spectron":
+        made.append(Spectron(pairs, momentum=momentum))
+        others = sides + hidden + rest
+    elif name == "muon":
+        matrices = pairs + sides + _group(found.hidden, lr if matrix_lr is None else matrix_lr, weight_decay)
+        made += [Muon(matrices, weight_decay=0.0, momentum=momentum)] if matrices else []
+        others = rest
+    else:
+        others = pairs + sides + hidden + rest
+    if others:
+        made.append(_adamw(name, others, betas, eps))
+    if product_decay and pairs:
+        made[0].register_step_pre_hook(decay_products)  # the first one holds the pairs
+    return made
+
+
+def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[Group]:
+    """A group, or none for no parameters."""
+    return [{"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": weight_decay}] if parameters else []
+
+
+def _pair_groups(pairs: list[Pair], rate: Callable[[Pair], float], product_decay: float) -> list[Group]:
+    """A group for each learning rate."""
+    by_rate: dict[float, list[Pair]] = {}
+    for pair in pairs:
+        by_rate.setdefault(rate(pair), []).append(pair)
+    more = {"weight_decay": 0.0, "product_decay": product_decay}
+    return [
+        {"params": flat(theirs), "scales": [p.scale for p in theirs], "lr": lr, "base_lr": lr, **more}
+        for lr, theirs in by_rate.items()
+    ]
+
+
+def _adamw(name: str, groups: list[Group], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+    if name == "adamw8bit":
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError as error:
+            raise MissingLibraryError("optimizer adamw8bit needs torchao: pip install 'lrcompile[quant]'") from error
+        made = AdamW8bit(groups, betas=betas, eps=eps)
+        made.register_step_pre_hook(_tensor_lr)
+        return made
+    devices = {p.device.type for p in chain.from_iterable(group["params"] for group in groups)}
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=devices <= {"cpu", "cuda"} or None)
+
+
+def _tensor_lr(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    """torchao's step is compiled and takes the learning rate as a tensor; schedules set a number, as everywhere else."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
