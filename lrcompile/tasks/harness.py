@@ -280,8 +280,8 @@ def offline() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the two things that lm-eval warns of at every run of this kind; what else it has to say is let through."""
-    known = ("Custom kwargs can be passed", "`pretrained` model kwarg is not of type")
+    """Without what lm-eval warns of at every run of this kind; what else it has to say is let through."""
+    known = ("Custom kwargs can be passed", "`pretrained` model kwarg is not", "Passed an already-initialized model")
     loggers = [logging.getLogger(f"lm_eval.{name}") for name in ("api.task", "models.huggingface")]
 
     def wanted(record: logging.LogRecord) -> bool:
