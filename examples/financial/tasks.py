@@ -88,7 +88,9 @@ def make_task(
     def take(side: str, count: int) -> list[Row]:
         return [Row(text + ask, label) for text, label in sides[side][:count]]
 
-    task = Task(name, labels, take("train", sizes.train), take("validation", sizes.validation), take("test", sizes.test))
+    task = Task(
+        name, labels, take("train", sizes.train), take("validation", sizes.validation), take("test", sizes.test)
+    )
     if not (task.train and task.validation and task.test):
         raise SystemExit(f"{name}: {len(pool)} texts are too few to split in three; is it the right file?")
     return task

@@ -1,8 +1,8 @@
 """Loaders of the general sets from LLM-Adapters' instruction files (2304.01933), asked as lm-eval asks them.
 
-The files ask for "answer2", which a small model can't do better than by chance, so that nothing could be lost. Here the
-texts of the answers are scored instead, with the prompts of lm-eval's own tasks of these names. The files have BoolQ without its passages, so its
-figures are lower than those that are published with them.
+The files ask for "answer2", which a small model can't do better than by chance, so that nothing could be seen to be lost.
+Here the texts of the answers are scored instead, with the prompts of lm-eval's own tasks of these names. The files have BoolQ
+without its passages, so its figures are lower than those that are published with them.
 """
 
 from __future__ import annotations

@@ -161,9 +161,7 @@ def _dataset(rows: Sequence[Row]) -> Any:
         import datasets
     except ImportError as error:
         raise MissingLibraryError(f'this needs datasets: pip install "lrcompile[eval]" ({error})') from error
-    docs = [
-        {"prompt": r.prompt, "choices": list(r.choices), "answer": r.answer, "ending": r.ending} for r in rows
-    ]
+    docs = [{"prompt": r.prompt, "choices": list(r.choices), "answer": r.answer, "ending": r.ending} for r in rows]
     return datasets.DatasetDict(test=datasets.Dataset.from_list(docs))
 
 
@@ -237,9 +235,7 @@ def _score(name: str, rows: int, found: dict[str, Any], files: tuple[str, ...]) 
     accuracy = figure("acc")
     assert accuracy is not None
     error = figure("macro_f1_error") if rows > 1 else None
-    return Score(
-        name, TASKS[name].group, rows, accuracy, figure("acc_stderr"), figure("macro_f1"), error, more, files
-    )
+    return Score(name, TASKS[name].group, rows, accuracy, figure("acc_stderr"), figure("macro_f1"), error, more, files)
 
 
 # --- around the run ---------------------------------------------------------------------------------------------------
@@ -248,7 +244,9 @@ def _score(name: str, rows: int, found: dict[str, Any], files: tuple[str, ...]) 
 def _check_tokenizer(model: Any, tokenizer: Any) -> None:
     size = model.config.get_text_config().vocab_size
     if len(tokenizer) > size:
-        raise EvalError(f"the tokenizer has {len(tokenizer)} tokens, the model {size}: it is another model's; give --tokenizer")
+        raise EvalError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {size}: it is another model's; give --tokenizer"
+        )
 
 
 @contextlib.contextmanager

@@ -63,7 +63,9 @@ def load_model(
                 raise EvalError(f"{adapter} is peft's and goes with a dense model; {source} is adopted already")
             load_peft(model, adapter, inputs)
         else:
-            raise EvalError(f"{adapter} holds no adapter: neither {ADAPTER.index} (lrcompile.save_adapter) nor {_PEFT} (peft)")
+            raise EvalError(
+                f"{adapter} holds no adapter: neither {ADAPTER.index} (lrcompile.save_adapter) nor {_PEFT} (peft)"
+            )
     return model.requires_grad_(False).eval().to(device), tok
 
 
@@ -102,4 +104,6 @@ def _tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, gguf_file=gguf, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise EvalError(f"no tokenizer can be read from {source}: give its directory with --tokenizer ({error})") from error
+        raise EvalError(
+            f"no tokenizer can be read from {source}: give its directory with --tokenizer ({error})"
+        ) from error

@@ -63,9 +63,7 @@ TASKS = {
         "financial",
         "labels",
         financial.read_fiqa,
-        {
-            side: ((f"task1_headline_ABSA_{side}.json", f"task1_post_ABSA_{side}.json"),) for side in ("train", "test")
-        },
+        {side: ((f"task1_headline_ABSA_{side}.json", f"task1_post_ABSA_{side}.json"),) for side in ("train", "test")},
         "FiQA 2018 task 1, headlines and posts, as JSON. Given for research; sites.google.com/view/fiqa",
     ),
     "tfns": Task(
@@ -116,9 +114,7 @@ TASKS = {
         _adapters("boolq"),
         f"BoolQ (1905.10044) without its passages, {_ADAPTERS}. CC BY-SA 3.0",
     ),
-    "piqa": Task(
-        "general", "texts", general.read_piqa, _adapters("piqa"), f"PIQA (1911.11641), {_ADAPTERS}. AFL 3.0"
-    ),
+    "piqa": Task("general", "texts", general.read_piqa, _adapters("piqa"), f"PIQA (1911.11641), {_ADAPTERS}. AFL 3.0"),
     "winogrande": Task(
         "general",
         "contexts",
