@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lrcompile.errors import (
         AdoptError,
         CaptureError,
+        EvalError,
         KernelError,
         LrcompileError,
         PassError,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AdoptError": "errors",
     "CaptureError": "errors",
+    "EvalError": "errors",
     "KernelError": "errors",
     "LrcompileError": "errors",
     "PassError": "errors",
@@ -64,6 +66,7 @@ _HOME = {
 __all__ = [
     "AdoptError",
     "CaptureError",
+    "EvalError",
     "KernelError",
     "LrcompileError",
     "PassError",

@@ -31,6 +31,10 @@ class StateError(LrcompileError, RuntimeError):
     """A saved directory is truncated, altered, foreign, or of another model."""
 
 
+class EvalError(LrcompileError, RuntimeError):
+    """An evaluation can't start: its tasks, data or model."""
+
+
 class MissingLibraryError(LrcompileError, ImportError):
     """An optional library is needed; the message names the extra that installs it."""
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lrcompile.weights.plan import Plan
 
 _BARS = "▁▂▃▄▅▆▇█"
-_PLAIN: dict[str, Any] = {
+PLAIN: dict[str, Any] = {
     "box": box.HORIZONTALS,
     "title_justify": "left",
     "header_style": "bold",
@@ -49,7 +49,7 @@ def plan_table(plan: Plan, spectra: dict[str, torch.Tensor] | None = None, token
         spectra: entry key -> its singular values, for a picture of them.
         tokens: rows in the example inputs, to give FLOPs a token; else FLOPs of the whole example.
     """
-    table = Table(title="Plan", **_PLAIN)
+    table = Table(title="Plan", **PLAIN)
     table.add_column("weights", overflow="fold")
     unit, write = ("bytes", size) if plan.by_bytes else ("numbers", count)
     for name in ("shape", "form" if plan.by_bytes else "rank", unit, "of model"):
@@ -174,7 +174,7 @@ def sparkline(values: torch.Tensor, rank: int, width: int = 48) -> Text:
 
 def spectra_table(plan: Plan, spectra: dict[str, torch.Tensor]) -> Table:
     """A line for each weight whose singular values are given."""
-    table = Table(title="\nSingular values (linear; │ marks the rank)", **_PLAIN)
+    table = Table(title="\nSingular values (linear; │ marks the rank)", **PLAIN)
     for name in ("weight", "energy kept", "error"):
         table.add_column(name, justify="left" if name == "weight" else "right", overflow="fold")
     for e in plan.adopted:
@@ -280,7 +280,7 @@ def errors_table(report: Report) -> Table:
     """Relative weight errors, repeated layers in one line."""
     bits = report.plan.by_bytes
     title = "‖W − Ŵ‖ / ‖W‖" if bits else "‖W − BA‖ / ‖W‖"
-    table = Table(title=f"\nRelative error of the weights, {title}", **_PLAIN)
+    table = Table(title=f"\nRelative error of the weights, {title}", **PLAIN)
     for name in ("weights", *(("form", "bytes") if bits else ("rank",)), "least", "mean", "most"):
         table.add_column(name, justify="left" if name == "weights" else "right", overflow="fold")
     for group in report.plan.groups():

