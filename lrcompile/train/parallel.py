@@ -18,15 +18,18 @@ from lrcompile.errors import TrainError
 RECOMPUTE = ("none", "block", "selective")
 
 
-def mesh(device_type: str, shard: int | None = None, replicate: int = 1) -> DeviceMesh | None:
+def mesh(
+    device_type: str, shard: int | None = None, replicate: int = 1, *, always: bool = False
+) -> DeviceMesh | None:
     """The mesh of all ranks: one axis that parameters are sharded over, or two with `replicate` copies (HSDP).
 
     Args:
         shard: ranks that share one copy; None: all, divided by `replicate`.
         replicate: copies.
+        always: make a mesh of one rank too: there is nothing to shard, but mixed precision is FSDP's.
 
     Returns:
-        None in a world of one process, where nothing is sharded.
+        None in a world of one process, unless `always`.
 
     Raises:
         TrainError: the two don't multiply to the number of ranks.
@@ -38,7 +41,7 @@ def mesh(device_type: str, shard: int | None = None, replicate: int = 1) -> Devi
             f"parallel.shard={shard} times parallel.replicate={replicate} is {shard * replicate}, and there are {world} "
             "ranks; the product must be that number"
         )
-    if world == 1:
+    if world == 1 and not always:
         return None
     if replicate == 1:
         return init_device_mesh(device_type, (shard,), mesh_dim_names=("shard",))
