@@ -102,7 +102,9 @@ def test_how_rows_are_divided_over_ranks_and_calls_changes_nothing(
     for prompt in (None, [0] * len(lengths)):
         shards = shards_of([min(n, length + 1) for n in lengths], prompt)
 
-        def sampler(shards: Shards = shards) -> Sampler:  # one a rank; none knows what the others, or earlier steps, did
+        def sampler(
+            shards: Shards = shards,
+        ) -> Sampler:  # one a rank; none knows what the others, or earlier steps, did
             return Sampler(shards, length=length, batch=batch, seed=7)
 
         whole = sampler().rows(step, 0, batch)
