@@ -25,11 +25,8 @@ class Layout(Protocol):
     def rows(self, epoch: int) -> int:
         """How many there are."""
 
-    def locate(self, row: int) -> tuple[int, int]:
-        """(epoch, row in it) of a row counted from the first epoch's first."""
-
-    def pieces(self, epoch: int, row: int) -> Pieces:
-        """What stands in a row."""
+    def take(self, start: int, count: int) -> list[Pieces]:
+        """Rows start … start + count, counted from the first epoch's first."""
 
 
 class Windows:
@@ -45,19 +42,20 @@ class Windows:
     def rows(self, epoch: int) -> int:
         return self.count
 
-    def locate(self, row: int) -> tuple[int, int]:
-        return divmod(row, self.count)
-
-    def pieces(self, epoch: int, row: int) -> Pieces:
-        order, starts, shuffle = self._stream(epoch)
-        window = int(place(np.array([row]), self.count, shuffle)[0])
-        begin, end = window * self._length, (window + 1) * self._length
-        first, last = np.searchsorted(starts, (begin, end - 1), side="right")
-        documents = order[first - 1 : last]
-        bounds = np.clip(starts[first - 1 : last + 1], begin, end)
-        begins = np.zeros(len(documents), np.int64)
-        begins[0] = begin - starts[first - 1]
-        return documents, begins, np.diff(bounds)
+    def take(self, start: int, count: int) -> list[Pieces]:
+        found: list[Pieces] = []
+        while len(found) < count:
+            epoch, first = divmod(start + len(found), self.count)
+            rows = np.arange(first, min(self.count, first + count - len(found)))
+            order, starts, shuffle = self._stream(epoch)
+            begins = place(rows, self.count, shuffle) * self._length
+            ends = begins + self._length
+            firsts = np.searchsorted(starts, begins, side="right") - 1
+            lasts = np.searchsorted(starts, ends, side="left")
+            for begin, end, i, j in zip(*(x.tolist() for x in (begins, ends, firsts, lasts)), strict=True):
+                bounds = starts[i : j + 1].clip(begin, end)
+                found.append((order[i:j], bounds[:-1] - starts[i:j], np.diff(bounds)))
+        return found
 
     def _make_stream(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
         order = shuffled(len(self._lengths), key(self._seed, epoch, _ORDER))
@@ -81,16 +79,18 @@ class Whole:
             self._ends.append(self._ends[-1] + len(self._packed(len(self._ends) - 1)[1]) - 1)
         return self._ends[epoch + 1] - self._ends[epoch]
 
-    def locate(self, row: int) -> tuple[int, int]:
+    def take(self, start: int, count: int) -> list[Pieces]:
+        found: list[Pieces] = []
         epoch = 0
-        while row - self._ends[epoch] >= self.rows(epoch):
-            epoch += 1
-        return epoch, row - self._ends[epoch]
-
-    def pieces(self, epoch: int, row: int) -> Pieces:
-        members, starts = self._packed(epoch)
-        documents = members[starts[row] : starts[row + 1]]
-        return documents, self._begins[documents], self._counts[documents]
+        while len(found) < count:
+            row = start + len(found)
+            while row - self._ends[epoch] >= self.rows(epoch):
+                epoch += 1
+            row -= self._ends[epoch]
+            members, starts = self._packed(epoch)
+            documents = members[starts[row] : starts[row + 1]]
+            found.append((documents, self._begins[documents], self._counts[documents]))
+        return found
 
     def _pack(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         order = shuffled(len(self._counts), key(self._seed, epoch, _ORDER))

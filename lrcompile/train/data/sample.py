@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -86,7 +87,7 @@ class Sampler:
             self._layout = Windows(shards.lengths, length, seed)
         self._ramp = np.arange(length)
 
-    @property
+    @cached_property
     def steps(self) -> int | None:
         """Whole steps in `epochs`; None where they have no end."""
         if self.epochs is None:
@@ -114,8 +115,7 @@ class Sampler:
             raise TrainError(
                 f"step {step} is past the end: {self.epochs} epochs are {self.steps} steps; allow more epochs"
             )
-        start = step * self.batch + first
-        return self._fill([self._layout.pieces(*self._layout.locate(row)) for row in range(start, start + count)])
+        return self._fill(self._layout.take(step * self.batch + first, count))
 
     def sequential(
         self, batches: int | None, rows: int, *, first: int = 0, count: int | None = None
