@@ -72,7 +72,7 @@ def _compose(
 
 
 # What torch's counter doesn't know: the fused attention of the CPU, and our operators.
-_MORE_FORMULAS = {
+FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     torch.ops.lrcompile.lowrank_linear: _lowrank_linear,
     torch.ops.lrcompile.lowrank_linear_keep: _lowrank_linear,
@@ -95,7 +95,7 @@ def cost(gm: fx.GraphModule) -> tuple[int, int]:
 
 
 def _cost(gm: fx.GraphModule, inputs: list[Any]) -> tuple[int, int]:
-    counter = FlopCounterMode(display=False, custom_mapping=_MORE_FORMULAS)
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     # Inputs in training need no gradient unless an earlier graph made them; the fakes know which.
     with torch.enable_grad(), counter:
         size = saved_bytes(lambda: gm(*inputs), (x for x in inputs if isinstance(x, torch.Tensor)))
@@ -144,4 +144,4 @@ def output_error(before: list[torch.Tensor], after: list[torch.Tensor]) -> float
     return (wrong / size) ** 0.5 if size > 0 else float(wrong > 0)
 
 
-__all__ = ["cost", "output_error", "outputs", "read_inputs", "saved_bytes", "value"]
+__all__ = ["FORMULAS", "cost", "output_error", "outputs", "read_inputs", "saved_bytes", "value"]

@@ -126,7 +126,7 @@ def _check_complete(run: Run, flags: Flags) -> None:
     if not run.model.source:
         raise TrainError("model.source is not set: name a config.json, a model directory, or module:factory")
     if not run.data.train and not flags.dry_run:
-        raise TrainError("data.train is not set: name a directory of shards, which `lrcompile data prepare` writes")
+        raise TrainError("data.train is not set: name a directory of shards, which `lrcompile data` writes")
     if (flags.ranks is not None or flags.target is not None) and not flags.dry_run:
         raise TrainError("--ranks and --target are of a dry run: add --dry-run, or leave them out")
     if flags.ranks is not None and flags.ranks < 1:
