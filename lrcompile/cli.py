@@ -1,8 +1,10 @@
-"""The command line: `lrcompile inspect | plan | bench`. Thin: parses, calls the library, prints."""
+"""The command line: `lrcompile inspect | plan | data | pretrain | finetune | report | eval | bench`. Thin: parses, calls, prints."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +32,9 @@ examples:
   lrcompile plan ./my-model --json plan.json               for lrcompile.adopt(model, Plan.from_json(text))
   lrcompile inspect ./my-model --show factorize            pass by pass, and the diff of one
   lrcompile inspect my_script:build --verify --html p.html checks every exact pass; one page to keep
+  lrcompile data books/ --out data --tokenizer bpe:4096 --validation 0.05
+  lrcompile pretrain examples/configs/cpu-tiny.toml        a training run; torchrun starts several ranks
+  lrcompile report out/first out/second                    their curves, side by side
   lrcompile bench --help                                   measurements on this machine"""
 
 
@@ -42,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             bench(argv[1:])
             return 0
+        if argv[:1] in (["pretrain"], ["finetune"]):
+            return _train(argv[0], argv[1:])
         args = _parser().parse_args(argv)
         return int(args.run(args))
     except LrcompileError as error:
@@ -85,8 +92,28 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", metavar="FILE", type=Path, help="write the Plan, for lrcompile.adopt")
     plan.set_defaults(run=_plan)
 
+    # Their options are a run's settings, which tyro reads.
+    commands.add_parser("pretrain", help="train a model from scratch; `lrcompile pretrain --help` teaches")
+    commands.add_parser("finetune", help="train a model that has weights; likewise")
+    for module in ("lrcompile.train.data.command", "lrcompile.train.report", "lrcompile.tasks.command"):
+        importlib.import_module(module).add_parser(commands)
     commands.add_parser("bench", help="measurements on this machine; `lrcompile bench --help` lists them")
     return parser
+
+
+def _train(command: str, argv: Sequence[str]) -> int:
+    from lrcompile.train.config import read
+
+    run, flags = read(command, argv)  # type: ignore[arg-type]
+    if flags.dry_run:
+        from lrcompile.train.dry_run import dry_run
+
+        dry_run(run, flags.ranks or int(os.environ.get("WORLD_SIZE", 1)), target=flags.target).show()
+        return 0
+    from lrcompile.train.driver import train
+
+    train(run, resume=flags.resume)
+    return 0
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from lrcompile.errors import TrainError
 from lrcompile.train.agree import Ranks
-from lrcompile.train.build import IGNORED, Built, build, keeps_documents_apart, logits_of
+from lrcompile.train.build import IGNORED, build, keeps_documents_apart, logits_of
 from lrcompile.train.checkpoint import Checkpoints
 from lrcompile.train.config import differences, load_resolved, save_resolved
 from lrcompile.train.data import Batch, Prefetch, Sampler, Shards
@@ -72,14 +73,13 @@ class _Run:
         self.ranks = ranks
         *_, self.micro_batches = run.layout(world.size)
         ranks.agreed("the run can't start", lambda: self._claim(resume))
-        self.shards, self.sampler, self.held_out = ranks.agreed("the data can't be read", self._data)[world.rank]
-        self.built, self.twin, self.flops = ranks.agreed("the model can't be built", self._build)[world.rank]
-        self.model = self.built.model
+        ranks.agreed("the data can't be read", self._read)
+        ranks.agreed("the model can't be built", self._build)
         self.checkpoints = Checkpoints(
             self.out / CHECKPOINTS, keep=run.save.keep, asynchronous=run.save.asynchronous
         )
         stack.callback(self.checkpoints.close)
-        self.done, self.tokens, self.good = 0, 0, None
+        self.done, self.tokens, self.stop = 0, 0, False
         self._start(self.checkpoints.latest() if resume else None)
         self.log = stack.enter_context(
             RunLog(
@@ -110,23 +110,23 @@ class _Run:
         if self.world.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
 
-    def _data(self) -> tuple[Shards, Sampler, Sampler | None]:
+    def _read(self) -> None:
         run = self.run
         # One rank reads every token, the others look at sizes.
         verify = "checksums" if self.world.rank == 0 else "sizes"
-        shards = Shards.open(run.data.train, verify=verify)
-        shape = {"length": run.data.length, "batch": run.batch, "seed": run.seed}
-        sampler = Sampler(shards, **shape)
-        if run.data.validation is None:
-            return shards, sampler, None
-        held_out = Shards.open(run.data.validation, verify=verify)
-        if held_out.tokenizer["fingerprint"] != shards.tokenizer["fingerprint"]:
-            raise TrainError(f"{run.data.validation} was prepared with another tokenizer than {run.data.train}")
-        return shards, sampler, Sampler(held_out, **shape)
+        shape: dict[str, int] = {"length": run.data.length, "batch": run.batch, "seed": run.seed}
+        self.shards = Shards.open(run.data.train, verify=verify)
+        self.sampler = Sampler(self.shards, **shape)  # type: ignore[arg-type]
+        self.held_out: Sampler | None = None
+        if run.data.validation is not None:
+            held_out = Shards.open(run.data.validation, verify=verify)
+            if held_out.tokenizer["fingerprint"] != self.shards.tokenizer["fingerprint"]:
+                raise TrainError(f"{run.data.validation} was prepared with another tokenizer than {run.data.train}")
+            self.held_out = Sampler(held_out, **shape)  # type: ignore[arg-type]
 
-    def _build(self) -> tuple[Built, nn.Module, tuple[float, float]]:
+    def _build(self) -> None:
         run = self.run
-        built = build(
+        self.built = build(
             run.model.source,
             run.recipe.make(),
             dtype=getattr(torch, run.model.dtype),
@@ -134,8 +134,10 @@ class _Run:
             length=run.data.length,
             seed=run.seed,
         )
-        _check_vocabulary(built.model, self.shards)
-        return built, copy.deepcopy(built.model), flops_per_token(built.model, run.data.length)
+        self.model = self.built.model
+        _check_vocabulary(self.model, self.shards)
+        self.twin = copy.deepcopy(self.model)
+        self.flops = flops_per_token(self.model, run.data.length)
 
     def _start(self, checkpoint: Path | None) -> None:
         """Shard the model, and give it and the optimizers their first values, or a checkpoint's."""
@@ -185,7 +187,7 @@ class _Run:
         plan = None if self.built.plan is None else self.built.plan.to_json()
         if told["plan"] != plan:
             raise TrainError(f"{checkpoint} is of a model with another Plan than {self.run.model.source} has now")
-        self.done, self.tokens, self.good = told["step"], told["tokens"], checkpoint
+        self.done, self.tokens = told["step"], told["tokens"]
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return tensors_of(self.model, self.optimizers, self.world.rank, self.world.size)
@@ -247,21 +249,23 @@ class _Run:
         whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
         total = world.total(float(summed))[0] / max(targets, 1)
         found = _Step(total, float(whole), run.batch * run.data.length)
-        if not (_finite(found.loss) and _finite(found.norm)):
-            self._refuse(found, batches)
-            found_or_none = None
+        updated = math.isfinite(found.loss) and math.isfinite(found.norm)
+        if updated:
+            self._update()
         else:
-            multiplier = self.rate(self.done)
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * multiplier
-                optimizer.step()
-            found_or_none = found
+            self._refuse(found, batches)
         for p in self.trained:
             p.grad = None
         self.done += 1
         self.tokens += found.tokens
-        return found_or_none
+        return found if updated else None
+
+    def _update(self) -> None:
+        multiplier = self.rate(self.done)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * multiplier
+            optimizer.step()
 
     def _refuse(self, step: _Step, batches: list[Batch]) -> None:
         """Stop at a step that would ruin the model, or tell that it is skipped."""
@@ -366,10 +370,6 @@ def _check_vocabulary(model: nn.Module, shards: Shards) -> None:
             f"{shards.path} has a vocabulary of {shards.vocab_size} tokens, and the model {rows}: set vocab_size in its config, "
             "or prepare the data with the model's tokenizer"
         )
-
-
-def _finite(x: float) -> bool:
-    return x == x and abs(x) != float("inf")
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

@@ -192,6 +192,8 @@ class Save(Strict):
     """How many of the last are kept."""
     asynchronous: bool = True
     """Write while training goes on."""
+    merged: bool = True
+    """At the end write the merged dense model too, for transformers and others; rank 0 holds it on its CPU."""
 
     def __post_init__(self) -> None:
         _need(self.every >= 1, "save.every", self.every, "must be 1 or more steps")
@@ -226,7 +228,7 @@ class Log(Strict):
     tensorboard: bool = False
     """TensorBoard's files too."""
     every: int = 10
-    """Steps between lines of metrics.jsonl."""
+    """Steps between plain lines, where there is no terminal; metrics.jsonl has every step."""
 
     def __post_init__(self) -> None:
         _need(self.every >= 1, "log.every", self.every, "must be 1 or more steps")

@@ -1,0 +1,7 @@
+"""`python -m lrcompile`, which torchrun starts."""
+
+import sys
+
+from lrcompile.cli import main
+
+sys.exit(main())
