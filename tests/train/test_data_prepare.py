@@ -246,6 +246,32 @@ def test_a_source_that_changed_since_a_kill_is_refused(source: Path, tmp_path: P
         prepare([source], tmp_path / "out", "bytes", **options)
 
 
+def test_a_shard_or_a_record_that_was_lost_since_a_kill_is_refused(source: Path, tmp_path: Path) -> None:
+    def call(progress: Any = None) -> None:
+        prepare([source], tmp_path / "out", "bytes", shard_tokens=1000, workers=1, progress=progress)
+
+    def kill(told: Any) -> None:
+        if told.tokens > 5000:
+            raise Killed
+
+    with pytest.raises(Killed):
+        call(kill)
+    shard = tmp_path / "out/train/shard-00002.tokens"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-2])
+    with pytest.raises(TrainError, match="shard-00002.tokens is truncated or altered"):
+        call()
+    shard.write_bytes(whole)
+    for text in ("{", "[]", "{}"):
+        record = (tmp_path / "out/progress.json").read_text()
+        (tmp_path / "out/progress.json").write_text(text)
+        with pytest.raises(TrainError, match="progress.json can't be read .* remove .*out and prepare the data again"):
+            call()
+        (tmp_path / "out/progress.json").write_text(record)
+    call()
+    assert decoded(tmp_path / "out/train") == wanted(source)
+
+
 def test_a_malformed_row_stops_it_and_a_mended_file_needs_a_new_directory(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": 3}])
     with pytest.raises(TrainError, match="a.jsonl, line 2: the field 'text' must be text, it is int"):

@@ -24,7 +24,7 @@ import numpy as np
 
 from lrcompile.errors import TrainError
 from lrcompile.train.data.documents import PROMPTS, Piece, Reading
-from lrcompile.train.data.shards import INDEX, PROGRESS, Shards, read_index
+from lrcompile.train.data.shards import INDEX, PROGRESS, Shards, open_shard, read_index
 from lrcompile.train.data.sources import Source, find_sources, read, sha256
 from lrcompile.train.data.tokens import FILE, SETTINGS, Tokenizer, load_tokenizer, saved_tokenizer, train_bpe
 from lrcompile.train.data.write import Part, commit_json, disk_errors_told
@@ -136,6 +136,16 @@ def _finished(target: Path, names: list[str], request: dict[str, Any]) -> bool:
     return True
 
 
+def _read_progress(file: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        if {"request", "tokenizer", "documents", "train"} <= told.keys():
+            return dict(told)
+        raise ValueError("something is missing in it")
+    except (ValueError, AttributeError) as error:
+        raise TrainError(f"{file} can't be read ({error}); remove {file.parent} and prepare the data again") from error
+
+
 def _compare(before: dict[str, Any], now: dict[str, Any], target: Path) -> None:
     """Raise TrainError, saying what differs, unless two calls asked for the same."""
     fix = f"give another directory than {target}, or remove it"
@@ -175,7 +185,7 @@ class _Job:
         """Begin, or find what an earlier call has done; train the tokenizer if one was asked for."""
         saved: dict[str, Any] = {}
         if (self.target / PROGRESS).exists():
-            saved = json.loads((self.target / PROGRESS).read_text(encoding="utf-8"))
+            saved = _read_progress(self.target / PROGRESS)
             _compare(saved["request"], self.request, self.target)
             self.tokenizer = saved_tokenizer(self.target / "train", saved["tokenizer"])
             self.documents = saved["documents"]
@@ -183,6 +193,9 @@ class _Job:
             self.tokenizer = known or train_bpe(self._training_texts(), int(self.request["tokenizer"][4:]))
         dtype = np.dtype("<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<u4")
         self.parts = [Part(self.target / name, dtype, saved.get(name, [])) for name in self.names]
+        for part in self.parts:
+            for shard in part.shards:
+                open_shard(part.folder, shard, dtype)  # refuses one that was lost or cut since
         if not saved:
             for part in self.parts:
                 part.folder.mkdir(parents=True, exist_ok=True)

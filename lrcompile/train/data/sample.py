@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -37,12 +37,14 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """On a device; the copy is asynchronous where the batch is pinned."""
-        moved = (x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.positions))
-        return Batch(*moved, self.documents)
+        return self._each(lambda x: x.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
         """In page-locked memory, for a CUDA device."""
-        return Batch(*(x.pin_memory() for x in (self.tokens, self.targets, self.positions)), self.documents)
+        return self._each(lambda x: x.pin_memory())
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return Batch(change(self.tokens), change(self.targets), change(self.positions), self.documents)
 
 
 class Sampler:

@@ -85,7 +85,7 @@ class Shards:
         check_saved(path, index["tokenizer"])
         files, bounds = [], []
         for shard in index["shards"]:
-            tokens, documents = _open_shard(path, shard, np.dtype(index["dtype"]), verify == "checksums")
+            tokens, documents = open_shard(path, shard, np.dtype(index["dtype"]), verify == "checksums")
             files.append(tokens)
             bounds.append(documents)
         return cls(path, index, files, np.concatenate([np.zeros((0, 2), np.int64), *bounds]))
@@ -134,7 +134,8 @@ def read_index(path: Path) -> dict[str, Any]:
     return dict(index)
 
 
-def _open_shard(path: Path, shard: dict[str, Any], dtype: np.dtype, deep: bool) -> tuple[np.ndarray, np.ndarray]:
+def open_shard(path: Path, shard: dict[str, Any], dtype: np.dtype, deep: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """A shard's tokens, mapped, and its documents' bounds, int64 (documents, 2); refused unless it is as its entry says."""
     sizes = {"tokens": shard["tokens"] * dtype.itemsize, "documents": shard["documents"] * 16}
     for part, size in sizes.items():
         file = path / f"{shard['name']}.{part}"

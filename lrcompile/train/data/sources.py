@@ -71,7 +71,8 @@ def find_sources(sources: Sequence[str | os.PathLike[str]]) -> list[Source]:
         TrainError: nothing there, an unknown suffix, a set of datasets whose split is not named, or a file given twice.
     """
     found: list[Source] = []
-    for given in map(os.fspath, sources):
+    for name in sources:
+        given = os.fspath(name)
         before = len(found)
         paths = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
         for path in map(Path, paths):
