@@ -108,7 +108,9 @@ def _train(command: str, argv: Sequence[str]) -> int:
     if flags.dry_run:
         from lrcompile.train.dry_run import dry_run
 
-        dry_run(run, flags.ranks or int(os.environ.get("WORLD_SIZE", 1)), target=flags.target).show()
+        from lrcompile.show import show
+
+        show(dry_run(run, flags.ranks or int(os.environ.get("WORLD_SIZE", 1)), target=flags.target))
         return 0
     from lrcompile.train.driver import train
 

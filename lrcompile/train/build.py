@@ -95,7 +95,9 @@ def blocks(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{block}.") for block in found)
         if isinstance(module, nn.ModuleList) and not inside:
-            found += [f"{name}.{key}" for key, child in module.named_children() if next(child.parameters(), None) is not None]
+            found += [
+                f"{name}.{key}" for key, child in module.named_children() if next(child.parameters(), None) is not None
+            ]
     if not found:
         raise TrainError(f"{type(model).__name__} has no nn.ModuleList of layers, which are sharded one by one")
     return found

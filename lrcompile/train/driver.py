@@ -75,9 +75,7 @@ class _Run:
         ranks.agreed("the run can't start", lambda: self._claim(resume))
         ranks.agreed("the data can't be read", self._read)
         ranks.agreed("the model can't be built", self._build)
-        self.checkpoints = Checkpoints(
-            self.out / CHECKPOINTS, keep=run.save.keep, asynchronous=run.save.asynchronous
-        )
+        self.checkpoints = Checkpoints(self.out / CHECKPOINTS, keep=run.save.keep, asynchronous=run.save.asynchronous)
         stack.callback(self.checkpoints.close)
         self.done, self.tokens, self.stop = 0, 0, False
         self._start(self.checkpoints.latest() if resume else None)
@@ -213,7 +211,11 @@ class _Run:
                 waited = batches.waited
                 step = self._step([next(batches) for _ in range(self.micro_batches)])
                 if step is not None:
-                    told = {"loss": step.loss, "grad_norm": step.norm, "lr": run.optimizer.lr * self.rate(self.done - 1)}
+                    told = {
+                        "loss": step.loss,
+                        "grad_norm": step.norm,
+                        "lr": run.optimizer.lr * self.rate(self.done - 1),
+                    }
                     told |= meter.step(step.tokens) | {"waited": batches.waited - waited}
                     self.log.step(self.done, **told)
                 with meter.aside():
@@ -269,7 +271,9 @@ class _Run:
 
     def _refuse(self, step: _Step, batches: list[Batch]) -> None:
         """Stop at a step that would ruin the model, or tell that it is skipped."""
-        rows = sorted({d for part in self.ranks.gather([d for b in batches for r in b.documents for d in r]) for d in part})
+        rows = sorted(
+            {d for part in self.ranks.gather([d for b in batches for r in b.documents for d in r]) for d in part}
+        )
         which = ", ".join(map(str, rows[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
         what = f"step {self.done + 1}: loss {step.loss}, gradient norm {step.norm}; documents {which} of {self.run.data.train}"
         if self.run.bad_loss == "skip":
@@ -313,7 +317,14 @@ class _Run:
     def _evaluate(self) -> None:
         run = self.run
         if self.held_out is not None:
-            loss = held_out_loss(self.model, self.held_out, run.evaluate.batches, run.micro_batch, self.world)
+            loss = held_out_loss(
+                self.model,
+                self.held_out,
+                run.evaluate.batches,
+                rows=run.batch,
+                micro_batch=run.micro_batch,
+                world=self.world,
+            )
             self.log.evaluation(self.done, loss=loss)
         if not run.evaluate.prompts:
             return

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from lrcompile.train.build import IGNORED, logits_of
 from lrcompile.train.data import Sampler
@@ -21,22 +22,30 @@ def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits: (rows, length, vocabulary).
         targets: int64 (rows, length), -100 where nothing is predicted.
     """
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def held_out_loss(model: nn.Module, sampler: Sampler, batches: int, micro_batch: int, world: World) -> float:
-    """Nats a token over the first `batches` micro-batches a rank of held-out data: the same ones every time. Collective."""
+def held_out_loss(
+    model: nn.Module, sampler: Sampler, batches: int, *, rows: int, micro_batch: int, world: World
+) -> float:
+    """Nats a token over held-out batches, the same ones every time and for any number of ranks. Collective.
+
+    Args:
+        batches: how many, spread over what there is.
+        rows: rows a batch, over all ranks; a multiple of micro_batch times the ranks.
+        micro_batch: rows that a rank takes at once.
+    """
     loss, count = 0.0, 0
+    share = rows // world.size
     with _evaluating(model):
-        rows = micro_batch * world.size
-        for batch in sampler.sequential(batches, rows, first=world.rank * micro_batch, count=micro_batch):
-            batch = batch.to(world.device)
-            loss += float(summed_loss(logits_of(model, batch.tokens, batch.positions), batch.targets))
-            count += int((batch.targets != IGNORED).sum())
-    loss, count = world.total(loss, count)  # type: ignore[assignment]
-    return loss / max(count, 1)
+        for batch in sampler.sequential(batches, rows, first=world.rank * share, count=share):
+            there = batch.to(world.device)
+            parts = (x.split(micro_batch) for x in (there.tokens, there.targets, there.positions))
+            for tokens, targets, positions in zip(*parts, strict=True):
+                loss += float(summed_loss(logits_of(model, tokens, positions), targets))
+                count += int((targets != IGNORED).sum())
+    loss, counted = world.total(loss, count)
+    return loss / max(counted, 1)
 
 
 def continued(
@@ -70,3 +79,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the outermost stays gathered after a forward pass, for a backward pass that never comes

@@ -18,9 +18,7 @@ from lrcompile.errors import TrainError
 RECOMPUTE = ("none", "block", "selective")
 
 
-def mesh(
-    device_type: str, shard: int | None = None, replicate: int = 1, *, always: bool = False
-) -> DeviceMesh | None:
+def mesh(device_type: str, shard: int | None = None, replicate: int = 1, *, always: bool = False) -> DeviceMesh | None:
     """The mesh of all ranks: one axis that parameters are sharded over, or two with `replicate` copies (HSDP).
 
     Args:
@@ -92,7 +90,9 @@ def parallelise(
 
 
 def _recomputed(forward: Callable[..., Any], kind: str) -> Callable[..., Any]:
-    context = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _policy)} if kind == "selective" else {}
+    context = (
+        {"context_fn": functools.partial(create_selective_checkpoint_contexts, _policy)} if kind == "selective" else {}
+    )
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -207,7 +207,7 @@ class Evaluate(Strict):
     every: int = 500
     """Steps between evaluations; there is one at the end in any case."""
     batches: int = 32
-    """Micro-batches a rank of the held-out loss, the same ones every time."""
+    """Batches (of `batch` sequences) of the held-out loss, spread over what there is and the same ones every time."""
     prompts: tuple[str, ...] = ()
     """Texts to go on from."""
     new_tokens: int = 64

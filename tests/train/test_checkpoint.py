@@ -268,7 +268,9 @@ def forged(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 )
 def test_a_forged_manifest(run: Checkpoints, saved: Path, change: Any) -> None:
     forged(saved, change)
-    refused(run, saved, "not saved by this version|lacks a part|is no file that lrcompile writes|not of this checkpoint")
+    refused(
+        run, saved, "not saved by this version|lacks a part|is no file that lrcompile writes|not of this checkpoint"
+    )
 
 
 class Bomb:

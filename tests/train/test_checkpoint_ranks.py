@@ -156,13 +156,18 @@ def faults(rank: int, dir: Path) -> None:
     assert os.listdir(dir / "run") == [first.name]
     # In loading: one rank asks for what isn't there, or finds what another doesn't.
     raises("it holds no 'more'", lambda: run.load(first, filled | ({"more": torch.ones(1)} if rank else {})))
-    raises("it holds 'rank1', which nothing asks for", lambda: run.load(first, {"a": filled["a"], "rank0": torch.ones(3)}))
+    raises(
+        "it holds 'rank1', which nothing asks for", lambda: run.load(first, {"a": filled["a"], "rank0": torch.ones(3)})
+    )
     run.save(2, ones, {})
     run.wait()
     second = run.latest()
     assert second is not None and second != first
     raises("different checkpoints there", lambda: run.load(second if rank else first, filled))
-    raises(r"there is no checkpoint .*step-00000009 \(rank 1\)", lambda: run.load(dir / "run/step-00000009" if rank else first, filled))
+    raises(
+        r"there is no checkpoint .*step-00000009 \(rank 1\)",
+        lambda: run.load(dir / "run/step-00000009" if rank else first, filled),
+    )
     dist.barrier()
     if rank == 0:
         file = sorted(first.glob("*.safetensors"))[1]
