@@ -25,8 +25,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from lrcompile.errors import TrainError
-from lrcompile.train.agree import Ranks, described, joined
-from lrcompile.train.committed import begin, commit, committed, prune, read_manifest, recover, wrong_files
+from lrcompile.train.agree import Ranks, described, gone, joined
+from lrcompile.train.committed import (
+    check_step,
+    commit,
+    committed,
+    prune,
+    read_manifest,
+    recover,
+    work_folder,
+    wrong_files,
+)
 from lrcompile.train.stored import CopiesPlanner, Entry, local_part, mismatches, spread, unfit
 from lrcompile.weights.folder import absolute, lock, sha256
 
@@ -39,7 +48,7 @@ class Checkpoints:
         keep: how many of the latest are kept, at least 1.
         asynchronous: write in the background, from a copy in host memory (page-locked for CUDA tensors, and kept for the
             next save: the bytes of a rank's shards).
-        group: whose ranks take part; None: all. They talk over a gloo group of their own.
+        group: a gloo group of the ranks that take part, which nothing else uses meanwhile; None: one of all is made.
 
     Raises:
         TrainError: the directory can't be made.
@@ -84,23 +93,25 @@ class Checkpoints:
         """
         self.wait()
 
-        def prepare() -> tuple[dict[str, Entry], str]:
+        def prepare() -> tuple[int, dict[str, Entry]]:
             problems = [problem for name, tensor in tensors.items() if (problem := unfit(name, tensor))]
             if problems:
                 raise TrainError(_some(problems))
             json.dumps(told)
-            work = ""
             if self._ranks.rank == 0:
                 self._claim()
-                work = str(begin(self.dir, step))
+                check_step(self.dir, step)
+                shutil.rmtree(work_folder(self.dir, step), ignore_errors=True)  # of a save that failed
             if self.asynchronous:
                 self._stage(tensors)
-            return {name: (tuple(t.shape), str(t.dtype), local_part(t).nbytes) for name, t in tensors.items()}, work
+            return step, {name: (tuple(t.shape), str(t.dtype), local_part(t).nbytes) for name, t in tensors.items()}
 
         doing = f"step {step} can't be saved to {self.dir}"
         parts = self._ranks.agreed(doing, prepare)
-        files = spread([entries for entries, _ in parts], doing)
-        self._running = self._thread.submit(self._write, doing, Path(parts[0][1]), dict(tensors), files, step, told)
+        if len({step for step, _ in parts}) > 1:
+            raise TrainError(f"{self.dir}: ranks save different steps: {[step for step, _ in parts]}")
+        files = spread([entries for _, entries in parts], doing)
+        self._running = self._thread.submit(self._write, doing, dict(tensors), files, step, told)
         if not self.asynchronous:
             self.wait()
 
@@ -152,8 +163,8 @@ class Checkpoints:
                     process_group=self._ranks.group,
                     no_dist=self._ranks.group is None,
                 )
-        except CheckpointException as error:
-            raise _failure(doing, error) from error
+        except (CheckpointException, RuntimeError) as error:
+            raise self._failure(doing, error) from error
         return manifest["told"]
 
     def close(self) -> None:
@@ -198,14 +209,13 @@ class Checkpoints:
     def _write(
         self,
         doing: str,
-        work: Path,
         tensors: dict[str, Tensor],
         files: dict[str, int],
         step: int,
         told: dict[str, Any],
     ) -> None:
         """What a save does in the background, on all ranks."""
-        ranks = self._ranks
+        ranks, work = self._ranks, work_folder(self.dir, step)
 
         def hashed() -> dict[str, tuple[int, str]]:
             mine = work.glob(f"shard-{ranks.rank + 1:05d}-*")  # DCP's names
@@ -231,7 +241,7 @@ class Checkpoints:
         except BaseException as error:  # CheckpointException is no Exception
             if ranks.rank == 0:
                 shutil.rmtree(work, ignore_errors=True)
-            raise _failure(doing, error) from error
+            raise self._failure(doing, error) from error
 
     def _refuse(self, doing: str, part: Callable[[], list[str]]) -> None:
         """Raise what any rank finds wrong, on all."""
@@ -239,6 +249,15 @@ class Checkpoints:
         problems = list(dict.fromkeys(problem for found in parts for problem in found))
         if problems:
             raise TrainError(f"{doing}: {_some(problems)}")
+
+    def _failure(self, doing: str, error: BaseException) -> TrainError:
+        """What DCP's errors come to: what fails on a rank it tells to all, and only talking about it can fail on one."""
+        if isinstance(error, CheckpointException):
+            problems = {rank: described(cause) for rank, (cause, _) in error.failures.items()}
+            return TrainError(f"{doing}: {joined(problems, self._ranks.world)}")
+        if isinstance(error, TrainError):
+            return error
+        return TrainError(f"{doing}: {gone(error) if isinstance(error, RuntimeError) else described(error)}")
 
     def _altered(self, folder: Path, files: dict[str, list[Any]]) -> list[str]:
         """This rank's share of the files whose content isn't what was saved."""
@@ -250,12 +269,6 @@ class Checkpoints:
             for name in shares[self._ranks.rank]
             if sha256(folder / name) != files[name][1]
         ]
-
-
-def _failure(doing: str, error: BaseException) -> TrainError:
-    if isinstance(error, CheckpointException):
-        return TrainError(f"{doing}: {joined({rank: described(e) for rank, (e, _) in error.failures.items()})}")
-    return error if isinstance(error, TrainError) else TrainError(f"{doing}: {described(error)}")
 
 
 def _some(problems: list[str]) -> str:

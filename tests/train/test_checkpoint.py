@@ -25,6 +25,8 @@ from lrcompile.train import stored as stored_module
 from lrcompile.train.checkpoint import Checkpoints
 from lrcompile.weights.folder import checksum
 
+from .checkpoint_ranks import same
+
 FILE = "shard-00001-model-00001-of-00001.safetensors"
 
 
@@ -49,15 +51,6 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
 
 def zeros() -> dict[str, Tensor]:
     return {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """To the bit: NaNs and signed zeros too."""
-
-    def bits(t: Tensor) -> Tensor:
-        return t.detach().contiguous().reshape(-1).view(torch.uint8)
-
-    return set(a) == set(b) and all(a[k].shape == b[k].shape and torch.equal(bits(a[k]), bits(b[k])) for k in a)
 
 
 @pytest.fixture
