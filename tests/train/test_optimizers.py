@@ -13,7 +13,7 @@ from torch import nn
 import lrcompile
 from lrcompile import Recipe
 from lrcompile.errors import MissingLibraryError, TrainError
-from lrcompile.train.optimizers import OPTIMIZERS, Muon, Pair, Spectron, decay_products, optimizers, roles, schedule
+from lrcompile.train.optimizers import OPTIMIZERS, Muon, Spectron, decay_products, optimizers, roles, schedule
 
 from ..helpers_adopt import IDS, Albert, Shared, adopted_shared
 from ..helpers_train import Model, batch, loss_of
@@ -37,7 +37,7 @@ def names_of(model: nn.Module, parameters: list[Any]) -> set[str]:
 MODELS = {
     "dense": Model,
     "pairs": adopted,
-    "base and pair": lambda: adopted(base="dense", trainable=()),
+    "base and pair": lambda: adopted(weights="dense", init="zero", trainable=()),
     "tied, shared, frozen": adopted_shared,
     "albert": lambda: lrcompile.adopt(Albert(), Recipe(rank=4), IDS),
     "no blocks": Shared,
@@ -112,7 +112,7 @@ def test_groups() -> None:
 
 
 def test_a_pair_beside_a_base_brings_its_scale() -> None:
-    model = adopted(base="dense", scale="rank-stable") if False else adopted(base="dense", trainable=())
+    model = adopted(weights="dense", init="zero", trainable=())
     spectron, *rest = optimizers(model, "spectron", lr=1e-3)
     assert not rest  # nothing else is trained
     forms = [form for m in model.modules() for _, form in getattr(m, "lr_forms", ())]
@@ -178,7 +178,8 @@ def test_muon_is_torchs(shape: tuple[int, int]) -> None:
         muon.step()
         torchs.step()
     moved = (theirs - 0.1).norm()
-    assert (ours - theirs).norm() < 0.01 * moved  # both in bfloat16; torch's also divides by the norm in it
+    assert moved > 0.1
+    assert (ours - theirs).norm() < 0.03 * moved  # five products in bfloat16 each
 
 
 # --- decay of products ------------------------------------------------------------------------------------------------
@@ -248,13 +249,18 @@ def test_8_bits_follow_adamw() -> None:
     again = optimizers(ours, "adamw8bit", lr=1.0)[0]
     again.load_state_dict(made[0].state_dict())
     for a, b in zip(made[0].state.values(), again.state.values(), strict=True):
-        assert all(torch.equal(torch.as_tensor(a[k].float()), torch.as_tensor(b[k].float())) for k in a)
+        for key, value in a.items():
+            x, y = ((t.dequantize() if type(t) is not torch.Tensor else t) for t in (value, b[key]))
+            assert torch.equal(x, y) and type(value) is type(b[key])
 
 
 # --- sharded ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("world", "replicas"), [(2, 1), (3, 1), pytest.param(4, 2, marks=pytest.mark.slow, id="hsdp")])
+@pytest.mark.parametrize(
+    ("world", "replicas"),
+    [pytest.param(2, 1, marks=pytest.mark.slow), (3, 1), pytest.param(4, 2, marks=pytest.mark.slow, id="hsdp")],
+)
 def test_sharded_against_one_process(world: int, replicas: int, tmp_path: Path) -> None:
     """Pairs of rank 2: on three ranks, one has no row of weight_a."""
     script = [sys.executable, str(Path(__file__).with_name("sharded_optimizers.py"))]
