@@ -180,7 +180,12 @@ def _toml(text: str) -> Any:
 
 def _yaml(text: str) -> Any:
     yaml = _library("yaml")
-    given = yaml.safe_load(text)
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            return _once(self.construct_pairs(node, deep=True))
+
+    given = yaml.load(text, Loader)
 
     # YAML 1.1 takes 3e-4 for a text, since it has no point: numbers are what look like numbers, as everywhere else.
     def numbers(value: Any) -> Any:
@@ -193,7 +198,21 @@ def _yaml(text: str) -> Any:
     return numbers(given)
 
 
-_PARSERS = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml, ".json": json.loads}
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    """A table of pairs, each key once: TOML sees to it, YAML and JSON take the last without a word."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} is there twice")
+        found[str(key)] = value
+    return found
+
+
+_PARSERS = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml, ".json": _json}
 
 
 def _merge(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
