@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lrcompile.errors import EvalError, MissingLibraryError
+from lrcompile.tasks.financial import ENTITIES
 from lrcompile.tasks.metrics import first_named, macro_f1, macro_f1_error, token_f1, words
 from lrcompile.tasks.rows import Row
 from lrcompile.tasks.table import TASKS, check_names, read_rows
@@ -82,8 +83,13 @@ def evaluate(
         made = {name: ConfigurableTask(config=task_config(name, rows)) for name, (rows, _) in tasks.items()}
         for task in made.values():
             task.set_fewshot_seed(0)
-        lm = wrap(model, tokenizer, batch_size)
-        found = run(lm, {"tasks": made}, limit=limit, bootstrap_iters=1, log_samples=False)
+        was_training = model.training
+        try:
+            lm = wrap(model.eval(), tokenizer, batch_size)
+            # bootstrap_iters: 0 would be no errors at all; of ours none is drawn by lm-eval.
+            found = run(lm, {"tasks": made}, limit=limit, bootstrap_iters=1, log_samples=False)
+        finally:
+            model.train(was_training)
     assert found is not None
     sizes = {name: min(len(rows), limit or len(rows)) for name, (rows, _) in tasks.items()}
     return [
@@ -96,14 +102,12 @@ def wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
     """lm-eval's view of a model in memory."""
     from lm_eval.models.huggingface import HFLM
 
-    was_training = model.training
     # It ties weights anew, which the model has had since it was made: an adopted one must be left as it is.
     model.tie_weights = lambda *args, **kwargs: None
     try:
         lm = HFLM(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
     finally:
         del model.tie_weights
-        model.train(was_training)
     return lm
 
 
@@ -207,8 +211,6 @@ def _texts(doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[s
 
 def _named(doc: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
     """The label named first counts. FinLoRA asks that the right one stands anywhere, which listing them all would meet."""
-    from lrcompile.tasks.financial import ENTITIES
-
     right = doc["choices"][doc["answer"]]
     contains = float(right.lower() in results[0].lower())
     return _classes(right, first_named(results[0], ENTITIES)) | {"contains": contains}

@@ -15,6 +15,7 @@ import lrcompile
 from lrcompile.errors import EvalError
 from lrcompile.tasks import TASKS, Row, read_rows
 from lrcompile.tasks.metrics import first_named, macro_f1, token_f1, words
+from lrcompile.weights.layers import AdoptedModule
 
 from .helpers import tiny_model, tiny_tokenizer, write_sets
 
@@ -85,6 +86,8 @@ def test_choices_are_those_of_the_largest_likelihood(name: str, data: Path) -> N
         for row, (a, b) in zip(rows, found, strict=True)
     ]
     assert score.macro_f1 == pytest.approx(macro_f1(classes)) and score.macro_f1_stderr is not None
+    if name == "fpb":
+        assert {said for _, said in found} == {0, 1, 2}, "a model that always says the same would show little"
     assert ("accuracy_per_character" in score.more) == (how == "texts")
 
 
@@ -149,16 +152,22 @@ def test_what_an_answer_is_worth(data: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (term.accuracy, term.more["token_f1"]) == (0.5, 0.5)
 
 
-def test_an_adopted_model_scores_as_its_dense_twin_and_stays_as_it_is(data: Path) -> None:
+def test_an_adopted_model_is_scored_as_it_is(data: Path) -> None:
+    """Its tied head a pair too, which transformers can't tie anew; in training mode, with dropout, before and after."""
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    tasks = read_tasks(["fpb", "arc_easy"], data)
-    dense = [s.to_dict() for s in evaluate(model, tokenizer, tasks)]
-    lrcompile.adopt(model, lrcompile.Recipe(rank=32, include=["*"]), {"input_ids": torch.arange(8)[None]})
+    tasks = read_tasks(["fpb"], data)
+    (dense,) = evaluate(model, tokenizer, tasks)
+    recipe = lrcompile.Recipe(rank=8, include=["lm_head.weight", "*.q_proj.weight"])
+    lrcompile.adopt(model, recipe, {"input_ids": torch.arange(8)[None]})
+    assert isinstance(model.lm_head, AdoptedModule) and isinstance(model.model.embed_tokens, AdoptedModule)
+    rows = tasks["fpb"][0]
+    found = [(row.choices[row.answer], row.choices[chosen(model, tokenizer, row, "labels")]) for row in rows]
     before = {name: p.clone() for name, p in model.named_parameters()}
-    model.train()
-    assert [s.to_dict() for s in evaluate(model, tokenizer, tasks)] == dense, (
-        "full rank: the same weights up to rounding"
-    )
+    for module in model.train().modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.9
+    (score,) = evaluate(model, tokenizer, tasks)
+    assert score.macro_f1 == pytest.approx(macro_f1(found)) and score.macro_f1 != dense.macro_f1
     assert model.training, "evaluating leaves the mode as it was"
     after = dict(model.named_parameters())
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
@@ -182,7 +191,7 @@ def test_limit_and_the_mean_of_a_group(data: Path) -> None:
 def test_another_models_tokenizer_is_refused(data: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"<{n}>" for n in range(50)])
-    with pytest.raises(EvalError, match="the tokenizer has 149 tokens, the model 100"):
+    with pytest.raises(EvalError, match="the tokenizer has 152 tokens, the model 102"):
         evaluate(tiny_model(), tokenizer, read_tasks(["fpb"], data))
     with pytest.raises(EvalError, match="named twice"):
         read_tasks(["fpb", "fpb"], data)
