@@ -1,4 +1,4 @@
-"""The command line: `lrcompile inspect | plan | data | pretrain | finetune | report | eval | bench`. Thin: parses, calls, prints."""
+"""The command line: `lrcompile inspect | plan | data | pretrain | finetune | report | eval | bench`. Thin."""
 
 from __future__ import annotations
 
@@ -106,9 +106,8 @@ def _train(command: str, argv: Sequence[str]) -> int:
 
     run, flags = read(command, argv)  # type: ignore[arg-type]
     if flags.dry_run:
-        from lrcompile.train.dry_run import dry_run
-
         from lrcompile.show import show
+        from lrcompile.train.dry_run import dry_run
 
         show(dry_run(run, flags.ranks or int(os.environ.get("WORLD_SIZE", 1)), target=flags.target))
         return 0

@@ -18,13 +18,14 @@ from torch.distributed.tensor import DTensor
 
 from lrcompile.errors import TrainError
 from lrcompile.train.agree import Ranks
-from lrcompile.train.build import IGNORED, build, keeps_documents_apart, logits_of
+from lrcompile.train.build import build
 from lrcompile.train.checkpoint import Checkpoints
 from lrcompile.train.config import differences, load_resolved, save_resolved
 from lrcompile.train.data import Batch, Prefetch, Sampler, Shards
 from lrcompile.train.data.tokens import saved_tokenizer
 from lrcompile.train.evaluate import continued, held_out_loss, summed_loss
 from lrcompile.train.finish import export
+from lrcompile.train.language import IGNORED, keeps_documents_apart, logits_of
 from lrcompile.train.log import RunLog
 from lrcompile.train.materialise import allocate, materialise
 from lrcompile.train.measure import flops_per_token
@@ -354,7 +355,6 @@ class _Run:
         self.log.event("finished: " + ", ".join(str(self.out / name) for name in written))
 
     def _tell_start(self) -> None:
-        run = self.run
         parameters = sum(p.numel() for p in self.model.parameters())
         self.log.event(
             "start",

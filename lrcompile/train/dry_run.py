@@ -20,7 +20,8 @@ from lrcompile.graph.names import parameter_names
 from lrcompile.kernels import launch
 from lrcompile.show import plan_table
 from lrcompile.sources import example_inputs, load_source, token_count
-from lrcompile.train.measure import Measured, blocks, flops_per_token, measure
+from lrcompile.train.language import layers
+from lrcompile.train.measure import Measured, flops_per_token, measure
 from lrcompile.train.settings import Run
 from lrcompile.weights.adopt import adopt
 from lrcompile.weights.layers import AdoptedModule
@@ -285,7 +286,7 @@ def optimizer_bytes(model: nn.Module, name: str, shard: int = 1) -> dict[str, in
                     parts = module.lr_parts(weight)
                     pairs |= {id(parts["_a"]), id(parts["_b"])}
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    matrices = {id(p) for block in blocks(model) for p in block.parameters() if p.dim() == 2} - embeddings
+    matrices = {id(p) for block in layers(model) for p in block.parameters() if p.dim() == 2} - embeddings
     found: dict[str, int] = {}
     for p, key in _trained(model):
         numbers = _local(p, shard)
@@ -314,10 +315,10 @@ def _gathered(model: nn.Module, shard: int, precision: torch.dtype) -> int:
 
     if shard == 1:
         return used(p for p in model.parameters() if p.is_floating_point() and p.dtype != precision)
-    layers = [list(block.parameters()) for block in blocks(model)]
-    inside = {id(p) for layer in layers for p in layer}
+    held = [list(block.parameters()) for block in layers(model)]
+    inside = {id(p) for layer in held for p in layer}
     around = used(p for p in model.parameters() if id(p) not in inside)
-    return around + 2 * max(map(used, layers), default=0)  # one computes while the next is fetched
+    return around + 2 * max(map(used, held), default=0)  # one computes while the next is fetched
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -339,4 +340,4 @@ def _seconds(report: Report, found: Measured, device: cost.Device, precision: to
     return report.accumulate * micro + passed / (device.bandwidth * cost.MEMORY_REACH)
 
 
-__all__ = ["Report", "blocks", "check_length", "dry_run", "flops_per_token", "on_meta", "optimizer_bytes"]
+__all__ = ["Report", "check_length", "dry_run", "flops_per_token", "on_meta", "optimizer_bytes"]

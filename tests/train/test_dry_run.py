@@ -19,7 +19,8 @@ from lrcompile.errors import KernelError, LrcompileError, TrainError
 from lrcompile.graph.measure import saved_bytes
 from lrcompile.show import as_text
 from lrcompile.train.config import Data, Model, Optimizer, Parallel, RecipeTable, Run, Schedule
-from lrcompile.train.dry_run import blocks, check_length, dry_run, flops_per_token, on_meta, optimizer_bytes
+from lrcompile.train.dry_run import check_length, dry_run, flops_per_token, on_meta, optimizer_bytes
+from lrcompile.train.language import layers
 from lrcompile.train.measure import measure
 
 from ..helpers import VOCAB, LanguageModel, tiny_llama
@@ -307,7 +308,7 @@ def test_a_model_that_needs_numbers_is_told() -> None:
 
 def test_blocks_are_the_members_of_the_outermost_lists() -> None:
     model = tiny_llama()
-    assert blocks(model) == list(model.model.layers)
+    assert layers(model) == list(model.model.layers)
     inner = nn.ModuleList([nn.ModuleList([nn.Linear(2, 2)]), nn.ModuleList([nn.Linear(2, 2)]), nn.Identity()])
-    assert blocks(nn.Sequential(inner)) == [inner[0], inner[1]]
-    assert blocks(nn.Linear(2, 2)) == []
+    assert layers(nn.Sequential(inner)) == [inner[0], inner[1]]
+    assert layers(nn.Linear(2, 2)) == []
