@@ -69,7 +69,8 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
         self._staged: dict[str, Tensor] = {}
-        self._ours, self._handles = False, []
+        self._ours = False
+        self._handles: list[int] = []
         self._unlock = weakref.finalize(self, _close, self._handles)
         if self._ranks.group is None:
             # DCP warns at each save that it works in one process. That is what was asked for.
@@ -86,32 +87,33 @@ class Checkpoints:
             step: steps done, not below the latest committed one.
             tensors: any dtype of safetensors and any shape, on any device. DTensors are stored once, whatever their mesh.
                 A plain tensor is one that all ranks have the same, or that this rank alone has, under a name of its own.
-            told: what JSON holds, the same on all ranks.
+            told: what JSON holds; rank 0's is kept.
 
         Raises:
             TrainError: on every rank: this save can't begin, or the one before failed. What was committed is untouched.
         """
         self.wait()
 
-        def prepare() -> tuple[int, dict[str, Entry]]:
+        def prepare() -> tuple[int, dict[str, Entry], dict[str, Any]]:
             problems = [problem for name, tensor in tensors.items() if (problem := unfit(name, tensor))]
             if problems:
                 raise TrainError(_some(problems))
-            json.dumps(told)
             if self._ranks.rank == 0:
                 self._claim()
                 check_step(self.dir, step)
                 shutil.rmtree(work_folder(self.dir, step), ignore_errors=True)  # of a save that failed
             if self.asynchronous:
                 self._stage(tensors)
-            return step, {name: (tuple(t.shape), str(t.dtype), local_part(t).nbytes) for name, t in tensors.items()}
+            entries = {name: (tuple(t.shape), str(t.dtype), local_part(t).nbytes) for name, t in tensors.items()}
+            return step, entries, json.loads(json.dumps(told))  # a copy: the caller's may change before it is written
 
         doing = f"step {step} can't be saved to {self.dir}"
         parts = self._ranks.agreed(doing, prepare)
-        if len({step for step, _ in parts}) > 1:
-            raise TrainError(f"{self.dir}: ranks save different steps: {[step for step, _ in parts]}")
-        files = spread([entries for _, entries in parts], doing)
-        self._running = self._thread.submit(self._write, doing, dict(tensors), files, step, told)
+        steps = [step for step, _, _ in parts]
+        if len(set(steps)) > 1:
+            raise TrainError(f"{self.dir}: ranks save different steps: {steps}")
+        files = spread([entries for _, entries, _ in parts], doing)
+        self._running = self._thread.submit(self._write, doing, dict(tensors), files, step, parts[0][2])
         if not self.asynchronous:
             self.wait()
 

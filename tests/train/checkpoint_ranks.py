@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # DTensor's ops would import it in each of the ranks
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
