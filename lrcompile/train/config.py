@@ -119,7 +119,8 @@ def _one_dial(base: RecipeTable, told: RecipeTable) -> RecipeTable:
     """Where the command line turns another dial than the file, the file's is let go."""
     new = [d for d in DIALS if getattr(told, d) is not None and getattr(told, d) != getattr(base, d)]
     old = [d for d in DIALS if getattr(base, d) is not None and d not in new]
-    return replace(told, **dict.fromkeys(old)) if new else told
+    let_go: dict[str, Any] = dict.fromkeys(old)
+    return replace(told, **let_go) if new else told
 
 
 def _check_complete(run: Run, flags: Flags) -> None:
@@ -181,7 +182,7 @@ def _toml(text: str) -> Any:
 def _yaml(text: str) -> Any:
     yaml = _library("yaml")
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             return _once(self.construct_pairs(node, deep=True))
 

@@ -232,12 +232,17 @@ def on_meta(source: str, dtype: torch.dtype, attention: str) -> tuple[nn.Module,
     else:
         with torch.device("meta"):
             model, inputs = load_source(source)
-    model = model.to("meta")
-    for p in model.parameters():
-        if p.is_floating_point():
-            p.data = p.data.to(dtype)
-    if hasattr(model, "set_attn_implementation"):
-        model.set_attn_implementation(attention)
+    made: dict[int, nn.Parameter] = {}  # Module.to("meta") would untie what is tied
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if id(p) not in made:
+                shape = torch.empty_like(p, dtype=dtype if p.is_floating_point() else p.dtype, device="meta")
+                made[id(p)] = nn.Parameter(shape, p.requires_grad)
+            module._parameters[name] = made[id(p)]
+    model.to("meta")  # the buffers
+    settle: Any = getattr(model, "set_attn_implementation", None)
+    if settle is not None:
+        settle(attention)
     return model.train(), inputs
 
 

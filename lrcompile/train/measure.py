@@ -250,5 +250,5 @@ def _weigh(model: nn.Module, watch: _Watch, found: Measured) -> None:
                 parts = module.lr_parts(name).items()
                 frozen = sum(form.numbers_in(suffix) for suffix, leaf in parts if not leaf.requires_grad)
                 found.frozen_flops += 2 * rows * frozen
-        elif _multiplies(module) and not module.weight.requires_grad:
-            found.frozen_flops += 2 * rows * module.weight.numel()
+        elif _multiplies(module) and not (weight := module.get_parameter("weight")).requires_grad:
+            found.frozen_flops += 2 * rows * weight.numel()

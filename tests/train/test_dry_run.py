@@ -281,12 +281,17 @@ def test_a_directory_is_read_for_its_config_alone(tmp_path: Path) -> None:
 def test_a_factory_is_called_on_meta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a_factory.py").write_text(
         "import torch\nfrom tests.helpers import LanguageModel\n"
-        "def build():\n    return LanguageModel(), (torch.zeros(1, 4, dtype=torch.int64),)\n"
+        "def build():\n"
+        "    with torch.device('cpu'):  # a model with its numbers, head and embedding tied\n"
+        "        return LanguageModel(tied=True), (torch.zeros(1, 4, dtype=torch.int64),)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
-    report = dry_run(make_run(tmp_path, model=Model(source="a_factory:build")))
-    assert report.measured is not None and report.parameters[0] == sum(p.numel() for p in LanguageModel().parameters())
+    report = dry_run(make_run(tmp_path, model=Model(source="a_factory:build", dtype="bfloat16")))
+    numbers = sum(p.numel() for p in LanguageModel(tied=True).parameters())
+    assert report.parameters[0] == numbers
+    assert report.weights == 2 * report.parameters[1]
+    assert report.measured is not None
 
 
 class Deciding(nn.Module):
