@@ -88,6 +88,8 @@ def test_choices_are_those_of_the_largest_likelihood(name: str, data: Path) -> N
     assert score.macro_f1 == pytest.approx(macro_f1(classes)) and score.macro_f1_stderr is not None
     if name == "fpb":
         assert {said for _, said in found} == {0, 1, 2}, "a model that always says the same would show little"
+    answers = [right for right, _ in classes]
+    assert score.commonest == max(answers.count(a) for a in answers) / len(answers)
     assert ("accuracy_per_character" in score.more) == (how == "texts")
 
 
