@@ -1,4 +1,4 @@
-"""One rank of a test (test_optimizers.py): `python sharded_optimizers.py RANK WORLD STORE REPLICAS`.
+"""One rank of a test (test_optimizers.py): `python sharded_optimizers.py RANK WORLD STORE REPLICAS NAMES...`.
 
 Each optimizer moves a sharded model and a whole one, which must stay the same. Prints what it checked.
 """
@@ -137,15 +137,15 @@ def rows_of(whole: torch.Tensor, like: DTensor) -> DTensor:
     )
 
 
-def main(rank: int, world: int, store: str, replicas: int) -> None:
+def main(rank: int, world: int, store: str, replicas: int, *names: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     if replicas > 1:
         mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh("cpu", (world,))
-    for name in ("spectron", "muon"):
+    for name in [name for name in names if not name.startswith("adamw")]:
         to_the_bit(name, mesh)
-    for name in ("spectron", "muon", "adamw"):
+    for name in names:
         off = train(name, mesh, rank, world)
         if rank == 0:
             print(f"{name} within {off:.1e}", flush=True)
@@ -153,4 +153,4 @@ def main(rank: int, world: int, store: str, replicas: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), *sys.argv[5:])

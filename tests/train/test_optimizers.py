@@ -258,15 +258,20 @@ def test_8_bits_follow_adamw() -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "replicas"),
-    [pytest.param(2, 1, marks=pytest.mark.slow), (3, 1), pytest.param(4, 2, marks=pytest.mark.slow, id="hsdp")],
+    ("world", "replicas", "names"),
+    [
+        pytest.param(2, 1, NAMES, marks=pytest.mark.slow, id="two"),
+        pytest.param(3, 1, NAMES, id="three"),
+        pytest.param(4, 2, NAMES, marks=pytest.mark.slow, id="hsdp"),
+        pytest.param(3, 1, ["adamw8bit"], marks=pytest.mark.slow, id="three, 8 bits"),
+    ],
 )
-def test_sharded_against_one_process(world: int, replicas: int, tmp_path: Path) -> None:
+def test_sharded_against_one_process(world: int, replicas: int, names: list[str], tmp_path: Path) -> None:
     """Pairs of rank 2: on three ranks, one has no row of weight_a."""
     script = [sys.executable, str(Path(__file__).with_name("sharded_optimizers.py"))]
     ranks = [
         subprocess.Popen(
-            [*script, str(rank), str(world), str(tmp_path / "store"), str(replicas)],
+            [*script, str(rank), str(world), str(tmp_path / "store"), str(replicas), *names],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -279,7 +284,7 @@ def test_sharded_against_one_process(world: int, replicas: int, tmp_path: Path) 
         for process in ranks:
             process.kill()
     assert all(process.returncode == 0 for process in ranks), "\n".join(said)
-    assert [line.split()[0] for line in said[0].splitlines() if " within " in line] == ["spectron", "muon", "adamw"]
+    assert [line.split()[0] for line in said[0].splitlines() if " within " in line] == names
 
 
 def test_other_shardings_are_refused(process_group: None) -> None:

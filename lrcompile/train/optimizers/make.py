@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrcompile.errors import MissingLibraryError, TrainError
+from lrcompile.errors import TrainError
+from lrcompile.train.optimizers.adamw8bit import adamw8bit
 from lrcompile.train.optimizers.groups import Pair, flat, roles
 from lrcompile.train.optimizers.muon import Muon
 from lrcompile.train.optimizers.product_decay import decay_products
@@ -117,18 +118,6 @@ def _pair_groups(pairs: list[Pair], rate: Callable[[Pair], float], product_decay
 
 def _adamw(name: str, groups: list[Group], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
     if name == "adamw8bit":
-        try:
-            from torchao.optim import AdamW8bit
-        except ImportError as error:
-            raise MissingLibraryError("optimizer adamw8bit needs torchao: pip install 'lrcompile[quant]'") from error
-        made = AdamW8bit(groups, betas=betas, eps=eps)
-        made.register_step_pre_hook(_tensor_lr)
-        return made
+        return adamw8bit(groups, betas=betas, eps=eps)
     devices = {p.device.type for p in chain.from_iterable(group["params"] for group in groups)}
     return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=devices <= {"cpu", "cuda"} or None)
-
-
-def _tensor_lr(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-    """torchao's step is compiled and takes the learning rate as a tensor; schedules set a number, as everywhere else."""
-    for group in optimizer.param_groups:
-        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
