@@ -82,7 +82,7 @@ def build(
     return Built(model, the_plan, values, names)
 
 
-def _settle(model: nn.Module, dtype: torch.dtype, attention: str | None) -> None:
+def _settle(model: Any, dtype: torch.dtype, attention: str | None) -> None:
     for p in model.parameters():
         if p.is_floating_point():
             p.data = p.data.to(dtype)
@@ -94,9 +94,10 @@ def _with_buffers(config: Path, dtype: torch.dtype, attention: str | None) -> nn
     """The model of a transformers config with its parameters on `meta` and its buffers real."""
     drawing = importlib.import_module("transformers.initialization")
     with parameters_on_meta(), drawing.no_init_weights():
-        model, _ = load_source(str(config), device=None)
+        model: Any = load_source(str(config), device=None)[0]
     model.tie_weights()
     _settle(model, dtype, attention)
+    assert isinstance(model, nn.Module)
     return model
 
 

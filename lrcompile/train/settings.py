@@ -113,7 +113,7 @@ class Optimizer(Strict):
     lr: float = 6e-4
     """Learning rate at the schedule's top."""
     factor_lr: float | None = None
-    """That of the pairs; None: lr. Spectron's is the spectral norm that one step may change a product by."""
+    """That of the pairs; None: lr, and 0.02 for spectron, whose rate is the spectral norm that a step may change a product by."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Of AdamW's running means."""
     eps: float = 1e-8

@@ -16,6 +16,9 @@ from lrcompile.train.optimizers.muon import Muon
 from lrcompile.train.optimizers.product_decay import decay_products
 from lrcompile.train.optimizers.spectron import Spectron
 
+# Spectron's rate is a spectral norm: what one step may change a product's by.
+SPECTRON_LR = 0.02
+
 OPTIMIZERS = ("adamw", "adamw8bit", "muon", "spectron")
 
 Group = dict[str, Any]
@@ -53,8 +56,8 @@ def optimizers(
 
     Args:
         lr: of all but the pairs; AdamW's scale.
-        factor_lr: of the pairs: a number; or a function of a Pair, for a rate that depends on its rank; None: lr. Spectron's is
-            the spectral norm that one step may change a product by, hundreds of times AdamW's.
+        factor_lr: of the pairs: a number; or a function of a Pair, for a rate that depends on its rank. None: lr, and for
+            Spectron SPECTRON_LR: its rate is the spectral norm that one step may change a product by, hundreds of times AdamW's.
         matrix_lr: of the dense matrices that Muon moves; None: lr, which Muon scales to the size of AdamW's steps.
         betas, eps: AdamW's.
         weight_decay: of dense matrices, decoupled.
@@ -68,9 +71,11 @@ def optimizers(
     if name not in OPTIMIZERS:
         raise TrainError(f"optimizer {name!r} is unknown; known are {', '.join(OPTIMIZERS)}")
     found = roles(model)
-    rate = factor_lr if callable(factor_lr) else lambda _: lr if factor_lr is None else factor_lr
+    if factor_lr is None:
+        factor_lr = SPECTRON_LR if name == "spectron" else lr
+    rate = factor_lr if callable(factor_lr) else lambda _: factor_lr
     pairs = _pair_groups(found.pairs, rate, product_decay)
-    sides = _group(found.sides, lr if factor_lr is None or callable(factor_lr) else factor_lr, 0.0)
+    sides = _group(found.sides, lr if name == "spectron" or callable(factor_lr) else factor_lr, 0.0)
     hidden = _group(found.hidden, lr, weight_decay)
     rest = _group(found.outer, lr, weight_decay) + _group(found.plain, lr, 0.0)
     if not pairs + sides + hidden + rest:
