@@ -12,6 +12,8 @@ from lrcompile.errors import TrainError
 
 T = TypeVar("T")
 
+LOST = "another rank is gone, or too slow to answer; what it said last tells why"
+
 
 class Ranks:
     """The ranks of a group, talking over a gloo group of their own; one rank where torch.distributed isn't initialised.
@@ -40,7 +42,7 @@ class Ranks:
         try:
             dist.all_gather_object(values, value, group=self.group)
         except RuntimeError as error:
-            raise TrainError(f"another rank is gone, or too slow: {error}") from error
+            raise TrainError(LOST) from error
         return values
 
     def agreed(self, doing: str, part: Callable[[], T]) -> list[T]:
@@ -60,13 +62,27 @@ class Ranks:
         answers = self.gather((result, problem))
         problems = {rank: told for rank, (_, told) in enumerate(answers) if told is not None}
         if problems:
-            raise TrainError(f"{doing}: {joined(problems)}") from cause
+            raise alike(f"{doing}: {joined(problems)}") from cause
         return [result for result, _ in answers]  # type: ignore[misc]
 
     def close(self) -> None:
         if self.group is not None and dist.is_initialized():
             dist.destroy_process_group(self.group)
         self.group = None
+
+
+def alike(message: str) -> TrainError:
+    """An error that every rank raises with the same words."""
+    error = TrainError(message)
+    error.everywhere = True
+    return error
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that the other ranks can't be reached any more."""
+    if isinstance(error, TrainError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def joined(problems: dict[int, str]) -> str:
@@ -83,6 +99,8 @@ def described(error: BaseException) -> str:
     """An error in one line, with the fix where there is one."""
     if isinstance(error, TrainError):
         return str(error)
+    if lost(error):
+        return LOST
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.strerror or error}: make room, keep fewer checkpoints, or save to another disk"
     return f"{type(error).__name__}: {error}"

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from lrcompile.errors import TrainError
-from lrcompile.train.agree import Ranks, described, joined
+from lrcompile.train.agree import Ranks, alike, described, joined
 from lrcompile.train.committed import begin, commit, committed, prune, read_manifest, recover, wrong_files
 from lrcompile.train.stored import CopiesPlanner, Entry, local_part, mismatches, spread, unfit
 from lrcompile.weights.folder import absolute, lock, sha256
@@ -238,7 +238,7 @@ class Checkpoints:
         parts = self._ranks.agreed(doing, part)
         problems = list(dict.fromkeys(problem for found in parts for problem in found))
         if problems:
-            raise TrainError(f"{doing}: {_some(problems)}")
+            raise alike(f"{doing}: {_some(problems)}")
 
     def _altered(self, folder: Path, files: dict[str, list[Any]]) -> list[str]:
         """This rank's share of the files whose content isn't what was saved."""

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lrcompile.errors import TrainError
-from lrcompile.train.agree import Ranks
+from lrcompile.train.agree import Ranks, alike
 from lrcompile.train.build import IGNORED, build, keeps_documents_apart, logits_of
 from lrcompile.train.checkpoint import Checkpoints
+from lrcompile.train.committed import committed
 from lrcompile.train.config import differences, load_resolved, save_resolved
 from lrcompile.train.data import Batch, Prefetch, Sampler, Shards
 from lrcompile.train.data.tokens import saved_tokenizer
@@ -71,14 +72,16 @@ class _Run:
         ranks = Ranks()
         stack.callback(ranks.close)
         self.ranks = ranks
-        *_, self.micro_batches = run.layout(world.size)
         ranks.agreed("the run can't start", lambda: self._claim(resume))
+        *_, self.micro_batches = run.layout(world.size)
         ranks.agreed("the data can't be read", self._read)
         ranks.agreed("the model can't be built", self._build)
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, keep=run.save.keep, asynchronous=run.save.asynchronous)
-        stack.callback(self.checkpoints.close)
+        stack.enter_context(_closing(self.checkpoints))
         self.done, self.tokens, self.stop = 0, 0, False
-        self._start(self.checkpoints.latest() if resume else None)
+        # Rank 0 looks, for all: another machine may see the directory later.
+        latest = ranks.gather(self.checkpoints.latest() if resume else None)[0]
+        self._start(latest)
         self.log = stack.enter_context(
             RunLog(
                 self.out,
@@ -91,20 +94,25 @@ class _Run:
             )
         )
         self.signals = stack.enter_context(Signals())
+        if resume and latest is None:
+            self.log.event(f"nothing to resume in {self.out}: this is the start")
 
     # --- the start ----------------------------------------------------------------------------------------------------
 
     def _claim(self, resume: bool) -> None:
         """Make the run's directory its own, or see that it holds this run."""
-        config = self.out / CONFIG
+        self.run.layout(self.world.size)
+        config, kept = self.out / CONFIG, committed(self.out / CHECKPOINTS)
+        if not resume and (config.exists() or kept):
+            raise TrainError(f"{self.out} holds a run: --resume goes on with it, another --out starts a new one")
         if resume and config.exists():
             changed = differences(load_resolved(config), self.run)
             if changed:
                 raise TrainError(
                     f"{config} is of another run: {'; '.join(changed)}. Set it back, or start a new run with another --out"
                 )
-        elif not resume and config.exists():
-            raise TrainError(f"{self.out} holds a run: --resume goes on with it, another --out starts a new one")
+        elif kept:
+            raise TrainError(f"{self.out} has checkpoints, and {CONFIG} is gone, which tells of what run: put it back")
         if self.world.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
 
@@ -180,12 +188,19 @@ class _Run:
             for p in self.model.parameters():
                 p.zero_()
         prime(self.optimizers)
-        told = self.checkpoints.load(checkpoint, self._tensors())
+        try:
+            told = self.checkpoints.load(checkpoint, self._tensors())
+        except TrainError as error:
+            raise alike(f"{error}{_older(checkpoint)}") from error
+        self.ranks.agreed("the run can't go on", lambda: self._check(checkpoint, told))
+        self.done, self.tokens = told["step"], told["tokens"]
+
+    def _check(self, checkpoint: Path, told: dict[str, Any]) -> None:
+        """See that a checkpoint is of this data and this model."""
         self.sampler.check(told["data"])
         plan = None if self.built.plan is None else self.built.plan.to_json()
         if told["plan"] != plan:
             raise TrainError(f"{checkpoint} is of a model with another Plan than {self.run.model.source} has now")
-        self.done, self.tokens = told["step"], told["tokens"]
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return tensors_of(self.model, self.optimizers, self.world.rank, self.world.size)
@@ -283,7 +298,7 @@ class _Run:
         good = self.checkpoints.latest()
         last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         self.log.event(f"stopped at {what}")
-        raise TrainError(
+        raise alike(
             f"{what}. The model was not updated, and {last}: --resume goes on from it, with bad_loss=skip past this step; or "
             "start anew with a lower learning rate"
         )
@@ -354,7 +369,6 @@ class _Run:
         self.log.event("finished: " + ", ".join(str(self.out / name) for name in written))
 
     def _tell_start(self) -> None:
-        run = self.run
         parameters = sum(p.numel() for p in self.model.parameters())
         self.log.event(
             "start",
@@ -367,8 +381,27 @@ class _Run:
         )
         if not keeps_documents_apart(self.model) and self.shards.documents > 1:
             self.log.event(
-                f"{type(self.model).__name__} takes no position_ids: documents that share a row see one another's tokens"
+                f"{type(self.twin).__name__} takes no position_ids: documents that share a row see one another's tokens"
             )
+
+
+@contextmanager
+def _closing(checkpoints: Checkpoints) -> Iterator[None]:
+    """Close them in the end. After an error a save that fails as well is not what is told."""
+    try:
+        yield
+    except BaseException:
+        with suppress(TrainError):
+            checkpoints.close()
+        raise
+    checkpoints.close()
+
+
+def _older(checkpoint: Path) -> str:
+    """What to do about a checkpoint that can't be loaded, where there is one before it."""
+    kept = list(committed(checkpoint.parent).values())
+    older = kept[: kept.index(checkpoint)] if checkpoint in kept else []
+    return f". To go on from {older[-1]} instead, move {checkpoint} away" if older else ""
 
 
 def _check_vocabulary(model: nn.Module, shards: Shards) -> None:

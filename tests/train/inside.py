@@ -18,6 +18,7 @@ from torch import nn
 
 VOCAB, WIDTH = 258, 32  # of the tokenizer of bytes, rounded up
 
+
 class Block(nn.Module):
     """Causal mean over the row, then an MLP: enough for tokens to depend on those before them."""
 
@@ -66,7 +67,6 @@ def dropping() -> Any:
 
 def small_vocabulary() -> Any:
     return _made(Tiny(vocab=100))
-
 
 
 BAD = ord("~")  # a token that breaks the models below
@@ -126,7 +126,10 @@ def telling() -> None:
 
 
 def signalled() -> None:
-    """Send this process a signal in the middle of a step: SIGNAL="15 in 3 of 0,1"; and tell, as above."""
+    """Send this process a signal in the middle of a step, once for each micro-batch; and tell, as above.
+
+    SIGNAL="15 in 3 of 0,1": SIGTERM, in the third step, to ranks 0 and 1.
+    """
     from lrcompile.train import driver
 
     telling()

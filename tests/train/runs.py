@@ -63,13 +63,25 @@ def settings(data: Path, out: Path, **changes: Any) -> dict[str, Any]:
 # --- processes --------------------------------------------------------------------------------------------------------
 
 _SERVER = mp.get_context("forkserver")
-_SERVER.set_forkserver_preload(["lrcompile.train.driver", "lrcompile.train.config", "lrcompile.graph.capture", "torch._dynamo.repro.after_dynamo", "tyro", "pydantic", "pytest"])
+_SERVER.set_forkserver_preload(
+    [
+        "lrcompile.train.driver",
+        "lrcompile.train.config",
+        "lrcompile.graph.capture",
+        "torch._dynamo.repro.after_dynamo",
+        "tyro",
+        "pydantic",
+        "pytest",
+    ]
+)
 
 
 class Started:
     """Ranks of a run. What they print goes to a file each."""
 
-    def __init__(self, told: Mapping[str, Any], *options: str, ranks: int = 1, before: str | None = None, **more: str) -> None:
+    def __init__(
+        self, told: Mapping[str, Any], *options: str, ranks: int = 1, before: str | None = None, **more: str
+    ) -> None:
         """A function of inside.py is called `before` the command; `more` is for its environment."""
         out = Path(told["out"])
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +98,12 @@ class Started:
         script = HERE / "inside.py"
         self.processes = []
         for rank, said in enumerate(self.said):
-            given = {"ARGV": argv, "SAID": str(said), "BEFORE": before, "ENV": {**env, **({"RANK": str(rank)} if ranks > 1 else {})}}
+            given = {
+                "ARGV": argv,
+                "SAID": str(said),
+                "BEFORE": before,
+                "ENV": {**env, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})},
+            }
             # By its path: what the ranks unpickle must be importable without the repository's root on their path.
             self.processes.append(_SERVER.Process(target=runpy.run_path, args=(str(script), given, "rank")))
         for process in self.processes:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import random
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +21,6 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lrcompile.errors import TrainError
 from lrcompile.train.checkpoint import Checkpoints
-from lrcompile.weights.folder import checksum
 
 from .test_checkpoint import forged, same
 

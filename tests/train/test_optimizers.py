@@ -13,7 +13,7 @@ from torch import nn
 import lrcompile
 from lrcompile import Recipe
 from lrcompile.errors import MissingLibraryError, TrainError
-from lrcompile.train.optimizers import OPTIMIZERS, Muon, Pair, Spectron, decay_products, optimizers, roles, schedule
+from lrcompile.train.optimizers import OPTIMIZERS, Muon, Spectron, decay_products, optimizers, roles, schedule
 
 from ..helpers_adopt import IDS, Albert, Shared, adopted_shared
 from ..helpers_train import Model, batch, loss_of
