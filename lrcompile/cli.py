@@ -1,4 +1,4 @@
-"""The command line: `lrcompile inspect | plan | data | pretrain | finetune | report | eval | bench`. Thin: parses, calls, prints."""
+"""The command line: `lrcompile inspect | plan | data | pretrain | finetune | report | eval | bench`. Parses, calls, prints."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from lrcompile.errors import TrainError
 from lrcompile.train.agree import Ranks, alike
 from lrcompile.train.build import IGNORED, build, keeps_documents_apart, logits_of
 from lrcompile.train.checkpoint import Checkpoints
-from lrcompile.train.committed import committed
+from lrcompile.train.committed import committed, read_manifest
 from lrcompile.train.config import differences, load_resolved, save_resolved
 from lrcompile.train.data import Batch, Prefetch, Sampler, Shards
 from lrcompile.train.data.tokens import saved_tokenizer
@@ -189,18 +189,29 @@ class _Run:
                 p.zero_()
         prime(self.optimizers)
         try:
+            self.ranks.agreed("the run can't go on", lambda: self._check(checkpoint))
             told = self.checkpoints.load(checkpoint, self._tensors())
         except TrainError as error:
             raise alike(f"{error}{_older(checkpoint)}") from error
-        self.ranks.agreed("the run can't go on", lambda: self._check(checkpoint, told))
         self.done, self.tokens = told["step"], told["tokens"]
 
-    def _check(self, checkpoint: Path, told: dict[str, Any]) -> None:
-        """See that a checkpoint is of this data and this model."""
+    def _check(self, checkpoint: Path) -> None:
+        """See that a checkpoint is of this data, this model, and as many ranks where that matters."""
+        told = read_manifest(checkpoint)["told"]
         self.sampler.check(told["data"])
+        if told["states"] != self._states():
+            copies, ranks = told["states"]
+            raise TrainError(
+                f"{checkpoint} has states of {self.run.optimizer.name}, quantised a shard at a time, of parallel.replicate="
+                f"{copies} and parallel.shard={ranks}: go on with these, on {copies * ranks} rank{'s'[: copies * ranks > 1]}"
+            )
         plan = None if self.built.plan is None else self.built.plan.to_json()
         if told["plan"] != plan:
             raise TrainError(f"{checkpoint} is of a model with another Plan than {self.run.model.source} has now")
+
+    def _states(self) -> list[int] | None:
+        """How the optimizer's states are bound to the ranks, if they are: those in 8 bits."""
+        return list(self.run.layout(self.world.size)[:2]) if self.run.optimizer.name == "adamw8bit" else None
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return tensors_of(self.model, self.optimizers, self.world.rank, self.world.size)
@@ -251,8 +262,7 @@ class _Run:
         # Dropout and the like depend on the step alone, so that there is no state to keep.
         torch.manual_seed(_seed(run.seed, self.done, world.rank))
         counted = sum(int((b.targets != IGNORED).sum()) for b in batches)
-        targets, asked = world.total(counted, self.signals.asked is not None)
-        self.stop = asked > 0
+        targets = world.total(counted)[0]
         summed = torch.zeros((), device=world.device)
         for i, batch in enumerate(batches):
             if isinstance(self.model, FSDPModule):
@@ -264,8 +274,9 @@ class _Run:
             summed += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.trained, run.clip or float("inf"), foreach=True)
         whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        total = world.total(float(summed))[0] / max(targets, 1)
-        found = _Step(total, float(whole), run.batch * run.data.length)
+        total, asked = world.total(float(summed), self.signals.asked is not None)
+        self.stop = asked > 0
+        found = _Step(total / max(targets, 1), float(whole), run.batch * run.data.length)
         updated = math.isfinite(found.loss) and math.isfinite(found.norm)
         if updated:
             self._update()
@@ -325,6 +336,7 @@ class _Run:
                 "step": self.done,
                 "tokens": self.tokens,
                 "data": self.sampler.state(),
+                "states": self._states(),
                 "plan": None if self.built.plan is None else self.built.plan.to_json(),
             },
         )
