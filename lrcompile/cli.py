@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """The command line: `lrcompile inspect | plan | data | pretrain | finetune | report | eval | bench`. Thin."""
+=======
+"""The command line: `lrcompile inspect | plan | data | pretrain | finetune | report | eval | bench`. Parses, calls, prints."""
+>>>>>>> fault
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         return int(args.run(args))
     except LrcompileError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        if not (getattr(error, "everywhere", False) and int(os.environ.get("RANK", 0)) > 0):  # one speaks for all
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
 
 
@@ -104,7 +110,18 @@ def _parser() -> argparse.ArgumentParser:
 def _train(command: str, argv: Sequence[str]) -> int:
     from lrcompile.train.config import read
 
-    run, flags = read(command, argv)  # type: ignore[arg-type]
+    # What is wrong with the settings is the same for every process that torchrun started here: the first one tells.
+    quiet = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    try:
+        with open(os.devnull, "w") as nowhere, ExitStack() as stack:
+            if quiet:
+                stack.enter_context(redirect_stdout(nowhere))
+                stack.enter_context(redirect_stderr(nowhere))
+            run, flags = read(command, argv)  # type: ignore[arg-type]
+    except LrcompileError:
+        if quiet:
+            return 2
+        raise
     if flags.dry_run:
         from lrcompile.show import show
         from lrcompile.train.dry_run import dry_run

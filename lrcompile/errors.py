@@ -44,4 +44,10 @@ class KernelError(LrcompileError, RuntimeError):
 
 
 class TrainError(LrcompileError, RuntimeError):
-    """A training run can't start, or can't go on: its config, data or checkpoint."""
+    """A training run can't start, or can't go on: its config, data or checkpoint.
+
+    Attributes:
+        everywhere: raised on all ranks alike, so that one of them may speak for all.
+    """
+
+    everywhere = False

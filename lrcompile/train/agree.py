@@ -12,6 +12,8 @@ from lrcompile.errors import TrainError
 
 T = TypeVar("T")
 
+LOST = "another rank is gone, or too slow to answer; what it said last tells why"
+
 
 class Ranks:
     """Ranks that talk over a gloo group of their own; one rank where torch.distributed isn't initialised.
@@ -44,7 +46,11 @@ class Ranks:
         try:
             dist.all_gather_object(values, value, group=self.group)
         except RuntimeError as error:
+<<<<<<< HEAD
             raise gone(error) from error
+=======
+            raise TrainError(LOST) from error
+>>>>>>> fault
         return values
 
     def agreed(self, doing: str, part: Callable[[], T]) -> list[T]:
@@ -67,7 +73,11 @@ class Ranks:
             raise TrainError(f"{doing}: {error}") from error
         problems = {rank: told for rank, (_, told) in enumerate(answers) if told is not None}
         if problems:
+<<<<<<< HEAD
             raise TrainError(f"{doing}: {joined(problems, self.world)}") from cause
+=======
+            raise alike(f"{doing}: {joined(problems)}") from cause
+>>>>>>> fault
         return [result for result, _ in answers]  # type: ignore[misc]
 
     def close(self) -> None:
@@ -76,8 +86,27 @@ class Ranks:
         self.group, self.made = None, False
 
 
+<<<<<<< HEAD
 def joined(problems: dict[int, str], world: int) -> str:
     """What went wrong on which of the ranks; what all of them say is said once."""
+=======
+def alike(message: str) -> TrainError:
+    """An error that every rank raises with the same words."""
+    error = TrainError(message)
+    error.everywhere = True
+    return error
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that the other ranks can't be reached any more."""
+    if isinstance(error, TrainError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+
+
+def joined(problems: dict[int, str]) -> str:
+    """What went wrong on which ranks; what all of them say is said once."""
+>>>>>>> fault
     by_text: dict[str, list[int]] = {}
     for rank, problem in sorted(problems.items()):
         by_text.setdefault(problem, []).append(rank)
@@ -96,6 +125,8 @@ def described(error: BaseException) -> str:
     """An error in one line, with the fix where there is one."""
     if isinstance(error, TrainError):
         return str(error)
+    if lost(error):
+        return LOST
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.strerror or error}: make room, keep fewer checkpoints, or save to another disk"
     return f"{type(error).__name__}: {error}"

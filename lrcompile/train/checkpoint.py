@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from lrcompile.errors import TrainError
+<<<<<<< HEAD
 from lrcompile.train.agree import Ranks, described, gone, joined
 from lrcompile.train.committed import (
     check_step,
@@ -36,6 +37,10 @@ from lrcompile.train.committed import (
     work_folder,
     wrong_files,
 )
+=======
+from lrcompile.train.agree import Ranks, alike, described, joined
+from lrcompile.train.committed import begin, commit, committed, prune, read_manifest, recover, wrong_files
+>>>>>>> fault
 from lrcompile.train.stored import CopiesPlanner, Entry, local_part, mismatches, spread, unfit
 from lrcompile.weights.folder import absolute, lock, sha256
 
@@ -250,7 +255,7 @@ class Checkpoints:
         parts = self._ranks.agreed(doing, part)
         problems = list(dict.fromkeys(problem for found in parts for problem in found))
         if problems:
-            raise TrainError(f"{doing}: {_some(problems)}")
+            raise alike(f"{doing}: {_some(problems)}")
 
     def _failure(self, doing: str, error: BaseException) -> TrainError:
         """What DCP's errors come to: what fails on a rank it tells to all, and only talking about it can fail on one."""

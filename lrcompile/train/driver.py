@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lrcompile.errors import TrainError
+<<<<<<< HEAD
 from lrcompile.train.agree import Ranks
 from lrcompile.train.build import build
+=======
+from lrcompile.train.agree import Ranks, alike
+from lrcompile.train.build import IGNORED, build, keeps_documents_apart, logits_of
+>>>>>>> fault
 from lrcompile.train.checkpoint import Checkpoints
+from lrcompile.train.committed import committed, read_manifest
 from lrcompile.train.config import differences, load_resolved, save_resolved
 from lrcompile.train.data import Batch, Prefetch, Sampler, Shards
 from lrcompile.train.data.tokens import saved_tokenizer
@@ -72,14 +78,16 @@ class _Run:
         ranks = Ranks()
         stack.callback(ranks.close)
         self.ranks = ranks
-        *_, self.micro_batches = run.layout(world.size)
         ranks.agreed("the run can't start", lambda: self._claim(resume))
+        *_, self.micro_batches = run.layout(world.size)
         ranks.agreed("the data can't be read", self._read)
         ranks.agreed("the model can't be built", self._build)
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, keep=run.save.keep, asynchronous=run.save.asynchronous)
-        stack.callback(self.checkpoints.close)
+        stack.enter_context(_closing(self.checkpoints))
         self.done, self.tokens, self.stop = 0, 0, False
-        self._start(self.checkpoints.latest() if resume else None)
+        # Rank 0 looks, for all: another machine may see the directory later.
+        latest = ranks.gather(self.checkpoints.latest() if resume else None)[0]
+        self._start(latest)
         self.log = stack.enter_context(
             RunLog(
                 self.out,
@@ -92,20 +100,25 @@ class _Run:
             )
         )
         self.signals = stack.enter_context(Signals())
+        if resume and latest is None:
+            self.log.event(f"nothing to resume in {self.out}: this is the start")
 
     # --- the start ----------------------------------------------------------------------------------------------------
 
     def _claim(self, resume: bool) -> None:
         """Make the run's directory its own, or see that it holds this run."""
-        config = self.out / CONFIG
+        self.run.layout(self.world.size)
+        config, kept = self.out / CONFIG, committed(self.out / CHECKPOINTS)
+        if not resume and (config.exists() or kept):
+            raise TrainError(f"{self.out} holds a run: --resume goes on with it, another --out starts a new one")
         if resume and config.exists():
             changed = differences(load_resolved(config), self.run)
             if changed:
                 raise TrainError(
                     f"{config} is of another run: {'; '.join(changed)}. Set it back, or start a new run with another --out"
                 )
-        elif not resume and config.exists():
-            raise TrainError(f"{self.out} holds a run: --resume goes on with it, another --out starts a new one")
+        elif kept:
+            raise TrainError(f"{self.out} has checkpoints, and {CONFIG} is gone, which tells of what run: put it back")
         if self.world.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
 
@@ -181,12 +194,30 @@ class _Run:
             for p in self.model.parameters():
                 p.zero_()
         prime(self.optimizers)
-        told = self.checkpoints.load(checkpoint, self._tensors())
+        try:
+            self.ranks.agreed("the run can't go on", lambda: self._check(checkpoint))
+            told = self.checkpoints.load(checkpoint, self._tensors())
+        except TrainError as error:
+            raise alike(f"{error}{_older(checkpoint)}") from error
+        self.done, self.tokens = told["step"], told["tokens"]
+
+    def _check(self, checkpoint: Path) -> None:
+        """See that a checkpoint is of this data, this model, and as many ranks where that matters."""
+        told = read_manifest(checkpoint)["told"]
         self.sampler.check(told["data"])
+        if told["states"] != self._states():
+            copies, ranks = told["states"]
+            raise TrainError(
+                f"{checkpoint} has states of {self.run.optimizer.name}, quantised a shard at a time, of parallel.replicate="
+                f"{copies} and parallel.shard={ranks}: go on with these, on {copies * ranks} rank{'s'[: copies * ranks > 1]}"
+            )
         plan = None if self.built.plan is None else self.built.plan.to_json()
         if told["plan"] != plan:
             raise TrainError(f"{checkpoint} is of a model with another Plan than {self.run.model.source} has now")
-        self.done, self.tokens = told["step"], told["tokens"]
+
+    def _states(self) -> list[int] | None:
+        """How the optimizer's states are bound to the ranks, if they are: those in 8 bits."""
+        return list(self.run.layout(self.world.size)[:2]) if self.run.optimizer.name == "adamw8bit" else None
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return tensors_of(self.model, self.optimizers, self.world.rank, self.world.size)
@@ -237,8 +268,7 @@ class _Run:
         # Dropout and the like depend on the step alone, so that there is no state to keep.
         torch.manual_seed(_seed(run.seed, self.done, world.rank))
         counted = sum(int((b.targets != IGNORED).sum()) for b in batches)
-        targets, asked = world.total(counted, self.signals.asked is not None)
-        self.stop = asked > 0
+        targets = world.total(counted)[0]
         summed = torch.zeros((), device=world.device)
         for i, batch in enumerate(batches):
             if isinstance(self.model, FSDPModule):
@@ -250,8 +280,9 @@ class _Run:
             summed += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.trained, run.clip or float("inf"), foreach=True)
         whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        total = world.total(float(summed))[0] / max(targets, 1)
-        found = _Step(total, float(whole), run.batch * run.data.length)
+        total, asked = world.total(float(summed), self.signals.asked is not None)
+        self.stop = asked > 0
+        found = _Step(total / max(targets, 1), float(whole), run.batch * run.data.length)
         updated = math.isfinite(found.loss) and math.isfinite(found.norm)
         if updated:
             self._update()
@@ -284,7 +315,7 @@ class _Run:
         good = self.checkpoints.latest()
         last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         self.log.event(f"stopped at {what}")
-        raise TrainError(
+        raise alike(
             f"{what}. The model was not updated, and {last}: --resume goes on from it, with bad_loss=skip past this step; or "
             "start anew with a lower learning rate"
         )
@@ -311,6 +342,7 @@ class _Run:
                 "step": self.done,
                 "tokens": self.tokens,
                 "data": self.sampler.state(),
+                "states": self._states(),
                 "plan": None if self.built.plan is None else self.built.plan.to_json(),
             },
         )
@@ -367,8 +399,27 @@ class _Run:
         )
         if not keeps_documents_apart(self.model) and self.shards.documents > 1:
             self.log.event(
-                f"{type(self.model).__name__} takes no position_ids: documents that share a row see one another's tokens"
+                f"{type(self.twin).__name__} takes no position_ids: documents that share a row see one another's tokens"
             )
+
+
+@contextmanager
+def _closing(checkpoints: Checkpoints) -> Iterator[None]:
+    """Close them in the end. After an error a save that fails as well is not what is told."""
+    try:
+        yield
+    except BaseException:
+        with suppress(TrainError):
+            checkpoints.close()
+        raise
+    checkpoints.close()
+
+
+def _older(checkpoint: Path) -> str:
+    """What to do about a checkpoint that can't be loaded, where there is one before it."""
+    kept = list(committed(checkpoint.parent).values())
+    older = kept[: kept.index(checkpoint)] if checkpoint in kept else []
+    return f". To go on from {older[-1]} instead, move {checkpoint} away" if older else ""
 
 
 def _check_vocabulary(model: nn.Module, shards: Shards) -> None:

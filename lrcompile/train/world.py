@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,12 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from lrcompile.errors import TrainError
+from lrcompile.train.agree import LOST, lost
+
 # A rank that dies is noticed by its closed connections, at once. This bounds what merely hangs.
 TIMEOUT = timedelta(minutes=10)
+TOGETHER = 3.0  # seconds within which signals are one request
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,10 @@ def joined(*, alone: bool) -> Iterator[World]:
         yield World(rank, size, device)
         if dist.is_initialized():
             dist.barrier()  # nobody leaves while another still talks
+    except RuntimeError as error:
+        if not lost(error):
+            raise
+        raise TrainError(f"{LOST}. --resume goes on from the last checkpoint") from error
     finally:
         # After an error the others may be gone, and an orderly farewell would wait for them.
         if dist.is_initialized():
@@ -65,10 +74,14 @@ def joined(*, alone: bool) -> Iterator[World]:
 
 
 class Signals:
-    """SIGTERM and SIGINT ask a run to save and stop after the step it is in; the same signal once more ends it at once."""
+    """SIGTERM and SIGINT ask a run to save and stop after the step it is in.
+
+    The same signal once more, seconds later, ends it at once: at Ctrl-C both the terminal and torchrun send one.
+    """
 
     def __init__(self) -> None:
         self.asked: str | None = None
+        self._at = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
@@ -81,5 +94,9 @@ class Signals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number).name
-        signal.signal(number, self._before[number])  # type: ignore[arg-type]
+        now = time.monotonic()
+        if self.asked is None:
+            self.asked, self._at = signal.Signals(number).name, now
+        elif now - self._at > TOGETHER:
+            signal.signal(number, self._before[number])  # type: ignore[arg-type]
+            signal.raise_signal(number)

@@ -14,6 +14,7 @@ import lrcompile
 from lrcompile import Recipe
 from lrcompile.errors import MissingLibraryError, TrainError
 from lrcompile.train.optimizers import OPTIMIZERS, Muon, Spectron, decay_products, optimizers, roles, schedule
+from lrcompile.train.optimizers.make import SPECTRON_LR
 
 from ..helpers_adopt import IDS, Albert, Shared, adopted_shared
 from ..helpers_train import Model, batch, loss_of
@@ -55,7 +56,8 @@ def test_every_trainable_parameter_is_in_one_optimizer(model: str, name: str) ->
     parts = optimizers(made, name, lr=1e-3, product_decay=0.1)
     assert sorted(held(parts)) == sorted(id(p) for p in made.parameters() if p.requires_grad)
     groups = [g for o in parts for g in o.param_groups]
-    assert all(g["params"] and g["base_lr"] == float(g["lr"]) == 1e-3 for g in groups)
+    rates = {1e-3, SPECTRON_LR} if name == "spectron" else {1e-3}
+    assert all(g["params"] and g["base_lr"] == float(g["lr"]) and g["base_lr"] in rates for g in groups)
     before = {n: p.detach().clone() for n, p in made.named_parameters()}
     for p in made.parameters():
         p.grad = torch.randn_like(p) if p.requires_grad else None

@@ -1,0 +1,218 @@
+"""A run that was killed or stopped goes on as if nothing had been: the same losses, the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lrcompile.train.committed import committed
+
+from .runs import (
+    Started,
+    documents,
+    events,
+    finished,
+    losses,
+    refused,
+    same_run,
+    settings,
+    told_lines,
+    weights,
+    write_data,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+# --- kill -9 ----------------------------------------------------------------------------------------------------------
+
+
+def _kill(started: Started, out: Path, phase: str, nth: int, rank: int | None, delay: float) -> None:
+    """Kill a rank, or all (None), a moment after a phase has begun for the nth time."""
+    watched, until = rank or 0, time.monotonic() + 60
+    before = told_lines(out, watched).count(f"begin {phase}")
+    while told_lines(out, watched).count(f"begin {phase}") < before + nth:
+        assert started.processes[watched].is_alive() and time.monotonic() < until, started.text()
+        time.sleep(0.001)
+    time.sleep(delay)
+    started.signal(signal.SIGKILL, *([] if rank is None else [rank]))
+
+
+def _inside(out: Path, rank: int) -> set[str]:
+    """The phases that a killed rank was in."""
+    lines = told_lines(out, rank)
+    return {phase for phase in ("step", "save", "evaluation") if _last(lines, phase) == f"begin {phase}"}
+
+
+def _last(lines: list[str], phase: str) -> str:
+    return next((line for line in reversed(lines) if line in (f"begin {phase}", f"end {phase}")), "")
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(kills: int, data: Path, tmp_path: Path) -> None:
+    """The ranks are killed in steps, saves and evaluations: one of them, whose fellow ends by itself, or both at once."""
+    usual: dict[str, Any] = {"steps": 8 * kills + 4, "save": {"every": 3}, "evaluate": {"every": 4, "batches": 2}}
+    usual |= {"model": {"source": "inside:dropping"}}
+    whole = finished(settings(data, tmp_path / "whole", **usual), ranks=2)
+    told, out, draw = settings(data, tmp_path / "killed", **usual), tmp_path / "killed", random.Random(7)
+    latest, hit = 0, set()
+    for kill in range(kills):
+        phase = ("step", "save", "evaluation")[kill % 3]
+        rank = (None, 0, None, 1)[kill % 4]
+        started = Started(told, "--resume", ranks=2, before="telling")
+        begun = time.monotonic()
+        _kill(started, out, phase, draw.randint(1, 6 if phase == "step" else 2), rank, draw.uniform(0, 0.03))
+        killed = time.monotonic()
+        codes = started.end(60)
+        print(kill, phase, rank, codes, f"{killed - begun:.2f} s to the kill, {time.monotonic() - killed:.2f} s after")
+        for one in range(2):
+            assert codes[one] == (-signal.SIGKILL if rank in (None, one) else 2), started.text()
+        if rank is None:
+            hit |= _inside(out, 0) & _inside(out, 1)
+        else:
+            hit |= _inside(out, rank)
+        there = max(committed(out / "checkpoints"), default=0)
+        assert there >= latest, "a committed checkpoint is lost"
+        resumed = [int(m[1]) for text in events(out) if (m := re.match(r"resumed from step (\d+)", text))]
+        assert latest == 0 or resumed[-1] == latest
+        latest = there
+    assert hit >= {"step", "save", "evaluation"} or kills < 20
+    finished(told, "--resume", ranks=2)
+    same_run(whole, out)
+
+
+# --- other numbers of ranks -------------------------------------------------------------------------------------------
+
+PAIRS: dict[str, Any] = {"rank": 8}
+NF4: dict[str, Any] = {"preset": "finetune", "weights": "nf4", "rank": 4}
+
+
+def _stopped(told: dict[str, Any], *options: str, at: int, ranks: int, number: int = signal.SIGTERM) -> None:
+    """Run until a signal in the step `at`, after which all ranks save and end well."""
+    everyone = ",".join(map(str, range(ranks)))
+    finished(told, *options, ranks=ranks, before="signalled", SIGNAL=f"{int(number)} in {at} of {everyone}")
+    assert max(committed(Path(told["out"]) / "checkpoints")) == at
+
+
+@pytest.mark.parametrize(
+    ("recipe", "optimizer"),
+    [
+        (PAIRS, "spectron"),
+        (NF4, "adamw"),
+        pytest.param(PAIRS, "adamw", marks=pytest.mark.slow),
+        pytest.param(NF4, "spectron", marks=pytest.mark.slow),
+        pytest.param(PAIRS, "muon", marks=pytest.mark.slow),
+    ],
+)
+def test_other_numbers_of_ranks(recipe: dict[str, Any], optimizer: str, data: Path, tmp_path: Path) -> None:
+    """Two ranks, then one, then four: each step has the documents that one process alone has, and the loss but for rounding."""
+    usual: dict[str, Any] = {"steps": 9, "save": {"every": 100}, "recipe": recipe, "optimizer": {"name": optimizer}}
+    whole = finished(settings(data, tmp_path / "whole", **usual), before="telling")
+    told, out = settings(data, tmp_path / "moved", **usual), tmp_path / "moved"
+    seen = {}
+    _stopped(told, at=3, ranks=2)
+    seen |= documents(out, 2)
+    _stopped(told, "--resume", at=6, ranks=1)
+    seen |= {step: rows for step, rows in documents(out, 1).items() if step >= 3}
+    finished(told, "--resume", ranks=4, before="telling")
+    seen |= {step: rows for step, rows in documents(out, 4).items() if step >= 6}
+    assert seen == documents(whole, 1) and len(seen) == 9
+    assert losses(out) == pytest.approx(losses(whole), rel=1e-5)
+    assert losses(out, "eval") == pytest.approx(losses(whole, "eval"), rel=1e-5)
+    bits, others = weights(out), weights(whole)
+    for name, value in bits.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, others[name], rtol=1e-3, atol=1e-4)
+        else:
+            assert torch.equal(value, others[name]), name  # a base's codes
+
+
+@pytest.mark.parametrize(("ranks", "replicate", "shard"), [(2, 2, 1), (4, 2, 2)])
+def test_copies_of_the_parameters(ranks: int, replicate: int, shard: int, data: Path, tmp_path: Path) -> None:
+    """HSDP computes what one process does."""
+    one = finished(settings(data, tmp_path / "one", steps=4))
+    parallel = {"replicate": replicate, "shard": shard}
+    many = finished(settings(data, tmp_path / "many", steps=4, parallel=parallel), ranks=ranks)
+    assert losses(many) == pytest.approx(losses(one), rel=1e-5)
+    for name, value in weights(one).items():
+        torch.testing.assert_close(weights(many)[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16(data: Path, tmp_path: Path) -> None:
+    """Products in bfloat16 on one rank and on two come near those in float32, and leave a base's codes as they are."""
+    usual: dict[str, Any] = {"steps": 5, "recipe": NF4}
+    exact = finished(settings(data, tmp_path / "exact", **usual))
+    for ranks in (1, 2):
+        told = settings(data, tmp_path / f"on{ranks}", **usual, parallel={"precision": "bfloat16"})
+        out = finished(told, ranks=ranks)
+        assert losses(out) == pytest.approx(losses(exact), rel=1e-2)
+        assert losses(out) != losses(exact)
+        ours, codes = weights(out), 0
+        for name, value in weights(exact).items():
+            assert ours[name].dtype == value.dtype
+            if not value.is_floating_point():
+                codes += 1
+                assert torch.equal(ours[name], value), name
+        assert codes
+
+
+# --- stopped by a signal ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nothing stops."""
+    return finished(
+        settings(data, tmp_path_factory.mktemp("whole") / "out", model={"source": "inside:dropping"}), ranks=2
+    )
+
+
+@pytest.mark.parametrize(("number", "to"), [(signal.SIGTERM, "0,1"), (signal.SIGTERM, "1"), (signal.SIGINT, "0")])
+def test_stopped_by_a_signal(number: int, to: str, whole: Path, data: Path, tmp_path: Path) -> None:
+    """Whichever ranks get it, all save after the step they are in and exit with 0."""
+    told, out = settings(data, tmp_path / "out", model={"source": "inside:dropping"}), tmp_path / "out"
+    finished(told, ranks=2, before="signalled", SIGNAL=f"{int(number)} in 3 of {to}")
+    assert list(committed(out / "checkpoints")) == [3] and list(losses(out)) == [1, 2, 3]
+    assert "stopped by a signal" in events(out)[-1] and not (out / "model").exists()
+    finished(told, "--resume", ranks=2)
+    same_run(whole, out)
+
+
+def test_stopped_from_outside(whole: Path, data: Path, tmp_path: Path) -> None:
+    """The same, at a moment that nobody chose."""
+    told, out = settings(data, tmp_path / "out", model={"source": "inside:dropping"}), tmp_path / "out"
+    started = Started(told, ranks=2, before="telling")
+    while "begin step" not in told_lines(out):
+        assert started.processes[0].is_alive(), started.text()
+        time.sleep(0.001)
+    started.signal(signal.SIGTERM)
+    assert started.end() == [0, 0], started.text()
+    finished(told, "--resume", ranks=2)
+    same_run(whole, out)
+
+
+# --- states in 8 bits -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_eight_bit_states(data: Path, tmp_path: Path) -> None:
+    """They are quantised a shard at a time: resumed exactly by as many ranks, and refused by others."""
+    usual: dict[str, Any] = {"optimizer": {"name": "adamw8bit"}, "recipe": {"dense": True}, "save": {"every": 100}}
+    for ranks in (1, 2):
+        one = finished(settings(data, tmp_path / f"whole{ranks}", **usual), ranks=ranks)
+        told = settings(data, tmp_path / f"out{ranks}", **usual)
+        _stopped(told, at=4, ranks=ranks)
+        said = refused(told, "--resume", ranks=3 - ranks)
+        assert f"on {ranks} rank" in said and "quantised a shard at a time" in said, said
+        finished(told, "--resume", ranks=ranks)
+        same_run(one, tmp_path / f"out{ranks}")
