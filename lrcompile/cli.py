@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The command line: `lrcompile inspect | plan | data | pretrain | finetune | report | eval | bench`. Thin."""
-=======
 """The command line: `lrcompile inspect | plan | data | pretrain | finetune | report | eval | bench`. Parses, calls, prints."""
->>>>>>> fault
 
 from __future__ import annotations
 

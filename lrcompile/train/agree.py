@@ -46,11 +46,7 @@ class Ranks:
         try:
             dist.all_gather_object(values, value, group=self.group)
         except RuntimeError as error:
-<<<<<<< HEAD
-            raise gone(error) from error
-=======
             raise TrainError(LOST) from error
->>>>>>> fault
         return values
 
     def agreed(self, doing: str, part: Callable[[], T]) -> list[T]:
@@ -73,11 +69,7 @@ class Ranks:
             raise TrainError(f"{doing}: {error}") from error
         problems = {rank: told for rank, (_, told) in enumerate(answers) if told is not None}
         if problems:
-<<<<<<< HEAD
-            raise TrainError(f"{doing}: {joined(problems, self.world)}") from cause
-=======
-            raise alike(f"{doing}: {joined(problems)}") from cause
->>>>>>> fault
+            raise alike(f"{doing}: {joined(problems, self.world)}") from cause
         return [result for result, _ in answers]  # type: ignore[misc]
 
     def close(self) -> None:
@@ -86,10 +78,6 @@ class Ranks:
         self.group, self.made = None, False
 
 
-<<<<<<< HEAD
-def joined(problems: dict[int, str], world: int) -> str:
-    """What went wrong on which of the ranks; what all of them say is said once."""
-=======
 def alike(message: str) -> TrainError:
     """An error that every rank raises with the same words."""
     error = TrainError(message)
@@ -104,9 +92,8 @@ def lost(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
-def joined(problems: dict[int, str]) -> str:
-    """What went wrong on which ranks; what all of them say is said once."""
->>>>>>> fault
+def joined(problems: dict[int, str], world: int) -> str:
+    """What went wrong on which of the ranks; what all of them say is said once."""
     by_text: dict[str, list[int]] = {}
     for rank, problem in sorted(problems.items()):
         by_text.setdefault(problem, []).append(rank)
@@ -114,11 +101,6 @@ def joined(problems: dict[int, str]) -> str:
         text: "" if len(ranks) == world else f" (rank {', '.join(map(str, ranks))})" for text, ranks in by_text.items()
     }
     return "; ".join(text + where for text, where in told.items())
-
-
-def gone(error: RuntimeError) -> TrainError:
-    """What gloo's errors come to."""
-    return TrainError(f"another rank is gone, or too slow: {error}")
 
 
 def described(error: BaseException) -> str:

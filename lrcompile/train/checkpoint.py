@@ -25,8 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from lrcompile.errors import TrainError
-<<<<<<< HEAD
-from lrcompile.train.agree import Ranks, described, gone, joined
+from lrcompile.train.agree import Ranks, alike, described, joined
 from lrcompile.train.committed import (
     check_step,
     commit,
@@ -37,10 +36,6 @@ from lrcompile.train.committed import (
     work_folder,
     wrong_files,
 )
-=======
-from lrcompile.train.agree import Ranks, alike, described, joined
-from lrcompile.train.committed import begin, commit, committed, prune, read_manifest, recover, wrong_files
->>>>>>> fault
 from lrcompile.train.stored import CopiesPlanner, Entry, local_part, mismatches, spread, unfit
 from lrcompile.weights.folder import absolute, lock, sha256
 
@@ -264,7 +259,7 @@ class Checkpoints:
             return TrainError(f"{doing}: {joined(problems, self._ranks.world)}")
         if isinstance(error, TrainError):
             return error
-        return TrainError(f"{doing}: {gone(error) if isinstance(error, RuntimeError) else described(error)}")
+        return TrainError(f"{doing}: {described(error)}")
 
     def _altered(self, folder: Path, files: dict[str, list[Any]]) -> list[str]:
         """This rank's share of the files whose content isn't what was saved."""

@@ -17,13 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lrcompile.errors import TrainError
-<<<<<<< HEAD
-from lrcompile.train.agree import Ranks
-from lrcompile.train.build import build
-=======
 from lrcompile.train.agree import Ranks, alike
-from lrcompile.train.build import IGNORED, build, keeps_documents_apart, logits_of
->>>>>>> fault
+from lrcompile.train.build import build
 from lrcompile.train.checkpoint import Checkpoints
 from lrcompile.train.committed import committed, read_manifest
 from lrcompile.train.config import differences, load_resolved, save_resolved

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import os
 import subprocess
 import sys
-=======
-import errno
-import os
-import signal
-import time
-from collections.abc import Callable
->>>>>>> fault
 from pathlib import Path
 
 import pytest
