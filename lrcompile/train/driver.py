@@ -74,7 +74,7 @@ class _Run:
         stack.callback(ranks.close)
         self.ranks = ranks
         ranks.agreed("the run can't start", lambda: self._claim(resume))
-        *_, self.micro_batches = run.layout(world.size)
+        *_, self.rows, self.micro_batches = run.layout(world.size)
         ranks.agreed("the data can't be read", self._read)
         ranks.agreed("the model can't be built", self._build)
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, keep=run.save.keep, asynchronous=run.save.asynchronous)
@@ -252,7 +252,7 @@ class _Run:
 
     def _batches(self) -> Iterator[Batch]:
         """This rank's micro-batches from the next step on."""
-        rows = self.run.micro_batch
+        rows = self.rows
         for step in range(self.done, self.run.steps):
             for i in range(self.micro_batches):
                 yield self.sampler.rows(step, (self.world.rank * self.micro_batches + i) * rows, rows)
@@ -350,7 +350,7 @@ class _Run:
                 self.held_out,
                 run.evaluate.batches,
                 rows=run.batch,
-                micro_batch=run.micro_batch,
+                micro_batch=self.rows,
                 world=self.world,
             )
             self.log.evaluation(self.done, loss=loss)

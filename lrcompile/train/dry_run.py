@@ -42,7 +42,8 @@ class Report:
         run: its settings.
         plan: of the weights; None for a dense run.
         inputs: tokens in the example that was planned on; None where that isn't known.
-        ranks, replicate, shard, accumulate: ranks, copies of the parameters, ranks that share one, micro-batches a step.
+        ranks, replicate, shard: ranks, copies of the parameters, ranks that share one.
+        rows, accumulate: sequences that a rank takes at once, and how often in a step.
         parameters: in the dense model, and after.
         trained: of those after.
         weights, gradients, optimizer: bytes a rank.
@@ -60,6 +61,7 @@ class Report:
     ranks: int
     replicate: int
     shard: int
+    rows: int
     accumulate: int
     parameters: tuple[int, int]
     trained: int
@@ -109,7 +111,7 @@ class Report:
         if self.plan is not None:
             ratio = self.plan.byte_compression if self.plan.by_bytes else self.plan.compression
             table.add_row("linear weights", f"{ratio:.2f}x", "fewer bytes" if self.plan.by_bytes else "fewer numbers")
-        layout = f"{self.replicate} × {self.shard} ranks, {self.accumulate} × {run.micro_batch} sequences of {run.data.length} each"
+        layout = f"{self.replicate} × {self.shard} ranks, {self.accumulate} × {self.rows} sequences of {run.data.length} each"
         table.add_row("a step", f"{count(self.tokens_per_step)} tokens", layout)
         table.add_row("all steps", f"{count(run.steps * self.tokens_per_step)} tokens", f"{run.steps:,} steps")
         table.add_section()
@@ -166,7 +168,7 @@ def dry_run(run: Run, world_size: int = 1, *, target: str | None = None) -> Repo
         RecipeError, PlanError: what was asked for can't be had.
         KernelError: no such target.
     """
-    replicate, shard, accumulate = run.layout(world_size)
+    replicate, shard, rows, accumulate = run.layout(world_size)
     recipe = run.recipe.make()
     device = (
         cost.device_named(target)
@@ -188,7 +190,7 @@ def dry_run(run: Run, world_size: int = 1, *, target: str | None = None) -> Repo
     notes = []
     found = None
     try:
-        found = measure(model, rows=run.micro_batch, length=run.data.length, precision=precision)
+        found = measure(model, rows=rows, length=run.data.length, precision=precision)
     except TrainError as error:
         notes.append(f"activations, FLOPs and tokens/s are not told: {error}")
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -199,6 +201,7 @@ def dry_run(run: Run, world_size: int = 1, *, target: str | None = None) -> Repo
         ranks=world_size,
         replicate=replicate,
         shard=shard,
+        rows=rows,
         accumulate=accumulate,
         parameters=(dense, after),
         trained=sum(p.numel() for p in trained),

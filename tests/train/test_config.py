@@ -239,9 +239,10 @@ def test_a_senseless_recipe_is_told_at_once(tmp_path: Path) -> None:
 
 def test_layout() -> None:
     run = Run(batch=32, micro_batch=4)
-    assert run.layout(1) == (1, 1, 8)
-    assert run.layout(4) == (1, 4, 2)
-    assert dataclasses.replace(run, parallel=Parallel(replicate=2)).layout(4) == (2, 2, 2)
+    assert run.layout(1) == (1, 1, 4, 8)
+    assert run.layout(4) == (1, 4, 4, 2)
+    assert dataclasses.replace(run, parallel=Parallel(replicate=2)).layout(4) == (2, 2, 4, 2)
+    assert Run(batch=16, micro_batch=16).layout(4) == (1, 4, 4, 1)  # no more than a rank's share
     with pytest.raises(TrainError, match="3 ranks that take micro_batch=4 at once: make it a multiple of 12"):
         run.layout(3)
     with pytest.raises(TrainError, match="replicate=1 times parallel.shard=3 is 3, and there are 4"):
