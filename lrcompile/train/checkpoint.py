@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from lrcompile.errors import TrainError
-from lrcompile.train.agree import Ranks, alike, described, joined
+from lrcompile.train.agree import LOST, Ranks, alike, described, joined
 from lrcompile.train.committed import begin, commit, committed, prune, read_manifest, recover, wrong_files
 from lrcompile.train.stored import CopiesPlanner, Entry, local_part, mismatches, spread, unfit
 from lrcompile.weights.folder import absolute, lock, sha256
@@ -254,7 +254,10 @@ class Checkpoints:
 
 def _failure(doing: str, error: BaseException) -> TrainError:
     if isinstance(error, CheckpointException):
-        return TrainError(f"{doing}: {joined({rank: described(e) for rank, (e, _) in error.failures.items()})}")
+        problems = {rank: described(e) for rank, (e, _) in error.failures.items()}
+        # DCP tells all ranks of what failed on any; but for a rank that is gone.
+        failure = TrainError if LOST in problems.values() else alike
+        return failure(f"{doing}: {joined(problems)}")
     return error if isinstance(error, TrainError) else TrainError(f"{doing}: {described(error)}")
 
 

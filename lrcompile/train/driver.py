@@ -370,14 +370,21 @@ class _Run:
 
     def _finish(self) -> None:
         self.checkpoints.wait()
-        written = export(
-            self.model,
-            self.twin,
-            self.built.plan,
-            self.out,
-            merged=self.run.save.merged,
-            data=Path(self.run.data.train),
+
+        def write() -> list[str]:
+            return export(
+                self.model,
+                self.twin,
+                self.built.plan,
+                self.out,
+                merged=self.run.save.merged,
+                data=Path(self.run.data.train),
+            )
+
+        doing = (
+            f"all {self.done} steps are done and saved, and the finished model can't be written (--resume tries again)"
         )
+        written = self.ranks.agreed(doing, write)[0]
         self.log.event("finished: " + ", ".join(str(self.out / name) for name in written))
 
     def _tell_start(self) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -216,3 +220,29 @@ def test_eight_bit_states(data: Path, tmp_path: Path) -> None:
         assert f"on {ranks} rank" in said and "quantised a shard at a time" in said, said
         finished(told, "--resume", ranks=ranks)
         same_run(one, tmp_path / f"out{ranks}")
+
+
+# --- torchrun ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_under_torchrun(whole: Path, data: Path, tmp_path: Path) -> None:
+    """Ctrl-C there reaches the ranks twice, from the terminal and from torchrun: they save, and --resume goes on."""
+    out = tmp_path / "out"
+    told = settings(data, out, model={"source": "inside:dropping"})
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
+    command = [sys.executable, *torchrun, "localhost:0", "-m", "lrcompile", "pretrain", str(tmp_path / "config.json")]
+    with (tmp_path / "said").open("w") as said:
+        place: dict[str, Any] = {"cwd": Path(__file__).parent, "stdout": said, "stderr": said}
+        first = subprocess.Popen(command, start_new_session=True, **place)
+        metrics, until = out / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and '"kind": "step"' in metrics.read_text()):
+            assert first.poll() is None and time.monotonic() < until, (tmp_path / "said").read_text()
+            time.sleep(0.005)
+        os.killpg(first.pid, signal.SIGINT)
+        first.wait(120)
+        assert committed(out / "checkpoints"), (tmp_path / "said").read_text()
+        assert any("stopped by a signal" in text for text in events(out))
+        assert subprocess.run([*command, "--resume"], **place).returncode == 0, (tmp_path / "said").read_text()
+    same_run(whole, out)
