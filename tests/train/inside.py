@@ -129,6 +129,7 @@ def telling() -> None:
 
         setattr(owner, name, told)
 
+    os.write(file, b"begin start\n")
     wrap(driver._Run, "_step", "step")
     wrap(driver._Run, "_evaluate", "evaluation")
     wrap(checkpoint.Checkpoints, "_write", "save")

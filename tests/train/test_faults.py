@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lrcompile.cli import main
+from lrcompile.train import world
 from lrcompile.train.committed import committed
 from lrcompile.train.data import Sampler, Shards
 
@@ -217,7 +218,9 @@ def test_resume_without_a_run(data: Path, tmp_path: Path) -> None:
     same_run(finished(settings(data, tmp_path / "plain")), out)
 
 
-@pytest.mark.parametrize("what", ["a run", "changed", "shard", "checkpoint", "vocabulary", "batch", "unwritable"])
+@pytest.mark.parametrize(
+    "what", ["a run", "changed", "shard", "checkpoint", "vocabulary", "batch", "setting", "unwritable"]
+)
 def test_refused_on_two_ranks(what: str, here: Path, tmp_path: Path) -> None:
     """Each is told once, and ends both ranks; also what only one of them notices."""
     new: dict[str, Any] = {**_told(here), "out": str(tmp_path / "new")}
@@ -237,10 +240,24 @@ def test_refused_on_two_ranks(what: str, here: Path, tmp_path: Path) -> None:
         assert "a vocabulary of" in refused({**new, "model": {"source": "inside:small_vocabulary"}}, ranks=2)
     elif what == "batch":
         assert "batch=8 can't be divided among 2 ranks" in refused({**new, "micro_batch": 8}, ranks=2)
+    elif what == "setting":
+        assert "nonsense is no setting" in refused({**new, "nonsense": 1}, ranks=2)
     else:
         (tmp_path / "file").write_text("")
         told = {**new, "out": str(tmp_path / "file" / "out")}
         assert "Not a directory" in refused(told, ranks=2, said=tmp_path)
+
+
+def test_signals_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that is repeated at once is one request; seconds later it ends the process."""
+    with world.Signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert signals.asked == "SIGINT"
+        monkeypatch.setattr(world, "TOGETHER", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # --- disks, and ranks that die ----------------------------------------------------------------------------------------

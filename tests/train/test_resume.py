@@ -42,10 +42,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _kill(started: Started, out: Path, phase: str, nth: int, rank: int | None, delay: float) -> None:
-    """Kill a rank, or all (None), a moment after a phase has begun for the nth time."""
+    """Kill a rank, or all (None), a moment after a phase has begun for the nth time, over all starts."""
     watched, until = rank or 0, time.monotonic() + 60
-    before = told_lines(out, watched).count(f"begin {phase}")
-    while told_lines(out, watched).count(f"begin {phase}") < before + nth:
+    while told_lines(out, watched).count(f"begin {phase}") < nth:
         assert started.processes[watched].is_alive() and time.monotonic() < until, started.text()
         time.sleep(0.001)
     time.sleep(delay)
@@ -71,11 +70,15 @@ def test_killed_at_random_moments(kills: int, data: Path, tmp_path: Path) -> Non
     told, out, draw = settings(data, tmp_path / "killed", **usual), tmp_path / "killed", random.Random(7)
     latest, hit = 0, set()
     for kill in range(kills):
-        phase = ("step", "save", "evaluation")[kill % 3]
+        phase, longest = ("step", "save", "evaluation")[kill % 3], 0.03
         rank = (None, 0, None, 1)[kill % 4]
+        if kill % 6 == 5:  # and while the run starts, where torchrun would end the other rank
+            phase, rank, longest = "start", None, 2.0
+        nth = draw.randint(1, {"start": 1, "step": 6}.get(phase, 2))
+        before = told_lines(out, rank or 0).count(f"begin {phase}")
         started = Started(told, "--resume", ranks=2, before="telling")
         begun = time.monotonic()
-        _kill(started, out, phase, draw.randint(1, 6 if phase == "step" else 2), rank, draw.uniform(0, 0.03))
+        _kill(started, out, phase, before + nth, rank, draw.uniform(0, longest))
         killed = time.monotonic()
         codes = started.end(60)
         print(kill, phase, rank, codes, f"{killed - begun:.2f} s to the kill, {time.monotonic() - killed:.2f} s after")
