@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from lrcompile.errors import TrainError
+from lrcompile.errors import LrcompileError, TrainError
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ def joined(problems: dict[int, str], world: int) -> str:
 
 def described(error: BaseException) -> str:
     """An error in one line, with the fix where there is one."""
-    if isinstance(error, TrainError):
+    if isinstance(error, LrcompileError):
         return str(error)
     if lost(error):
         return LOST

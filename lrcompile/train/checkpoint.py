@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from lrcompile.errors import TrainError
-from lrcompile.train.agree import Ranks, alike, described, joined
+from lrcompile.train.agree import LOST, Ranks, alike, described, joined
 from lrcompile.train.committed import (
     check_step,
     commit,
@@ -256,7 +256,8 @@ class Checkpoints:
         """What DCP's errors come to: what fails on a rank it tells to all, and only talking about it can fail on one."""
         if isinstance(error, CheckpointException):
             problems = {rank: described(cause) for rank, (cause, _) in error.failures.items()}
-            return TrainError(f"{doing}: {joined(problems, self._ranks.world)}")
+            failure = TrainError if LOST in problems.values() else alike
+            return failure(f"{doing}: {joined(problems, self._ranks.world)}")
         if isinstance(error, TrainError):
             return error
         return TrainError(f"{doing}: {described(error)}")

@@ -41,7 +41,8 @@ class Flags:
     dry_run: bool = False
     """Print the plan, parameters, bytes a rank, FLOPs and expected tokens/s, and stop: no weights, no data."""
     resume: bool = False
-    """Go on with the run in --out from its last checkpoint. Without it, a directory that holds a run is refused."""
+    """Go on with the run in --out from its last checkpoint; begin where there is none yet. Without it, a directory that holds a run
+    is refused."""
     ranks: int | None = None
     """Of a dry run: how many ranks to tell of; None: those that torchrun started, or one."""
     target: str | None = None

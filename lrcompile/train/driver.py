@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -149,6 +150,8 @@ class _Run:
     def _start(self, checkpoint: Path | None) -> None:
         """Shard the model, and give it and the optimizers their first values, or a checkpoint's."""
         run, world = self.run, self.world
+        # FSDP warns of logits that are a view; the loss writes nothing into them.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         precision = getattr(torch, run.parallel.precision)
         cast = precision != getattr(torch, run.model.dtype)
         parallelise(
@@ -200,7 +203,7 @@ class _Run:
         """See that a checkpoint is of this data, this model, and as many ranks where that matters."""
         told = read_manifest(checkpoint)["told"]
         self.sampler.check(told["data"])
-        if told["states"] != self._states():
+        if told["states"] not in (None, self._states()):
             copies, ranks = told["states"]
             raise TrainError(
                 f"{checkpoint} has states of {self.run.optimizer.name}, quantised a shard at a time, of parallel.replicate="
@@ -371,14 +374,21 @@ class _Run:
 
     def _finish(self) -> None:
         self.checkpoints.wait()
-        written = export(
-            self.model,
-            self.twin,
-            self.built.plan,
-            self.out,
-            merged=self.run.save.merged,
-            data=Path(self.run.data.train),
+
+        def write() -> list[str]:
+            return export(
+                self.model,
+                self.twin,
+                self.built.plan,
+                self.out,
+                merged=self.run.save.merged,
+                data=Path(self.run.data.train),
+            )
+
+        doing = (
+            f"all {self.done} steps are done and saved, and the finished model can't be written (--resume tries again)"
         )
+        written = self.ranks.agreed(doing, write)[0]
         self.log.event("finished: " + ", ".join(str(self.out / name) for name in written))
 
     def _tell_start(self) -> None:

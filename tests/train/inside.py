@@ -5,6 +5,7 @@ Not imported as part of the tests: a rank has this directory as its working dire
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import json
@@ -69,6 +70,14 @@ def small_vocabulary() -> Any:
     return _made(Tiny(vocab=100))
 
 
+def wider() -> Any:
+    """Its blocks have other shapes."""
+    model = Tiny()
+    for block in model.blocks:
+        block.up, block.down = nn.Linear(WIDTH, 5 * WIDTH), nn.Linear(5 * WIDTH, WIDTH)
+    return _made(model)
+
+
 BAD = ord("~")  # a token that breaks the models below
 
 
@@ -120,6 +129,7 @@ def telling() -> None:
 
         setattr(owner, name, told)
 
+    os.write(file, b"begin start\n")
     wrap(driver._Run, "_step", "step")
     wrap(driver._Run, "_evaluate", "evaluation")
     wrap(checkpoint.Checkpoints, "_write", "save")
@@ -147,6 +157,47 @@ def signalled() -> None:
 
     plain_go = driver._Run.go
     driver.summed_loss, driver._Run.go = sending, go  # type: ignore[assignment, method-assign]
+
+
+class _Full:
+    """A file on a disk that is full after some lines."""
+
+    def __init__(self, file: Any, lines: int) -> None:
+        self.file, self.left, self.close = file, lines, file.close
+
+    @property
+    def closed(self) -> bool:
+        return bool(self.file.closed)
+
+    def write(self, line: bytes) -> int:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return int(self.file.write(line))
+
+
+def full_log() -> None:
+    """The disk of metrics.jsonl fills up after a few steps."""
+    from lrcompile.train.log import RunLog
+
+    plain = RunLog.__init__
+
+    def opened(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        if self._file is not None:
+            self._file = _Full(self._file, 5)
+
+    RunLog.__init__ = opened  # type: ignore[method-assign]
+
+
+def full_at_the_end() -> None:
+    """The disk fills up while the finished model is written."""
+    from lrcompile.train import finish
+
+    def save(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    finish.save = save
 
 
 # --- the start of a rank ----------------------------------------------------------------------------------------------

@@ -30,7 +30,10 @@ HERE = Path(__file__).resolve().parent
 def write_data(folder: Path, word: str = "state", documents: int = 120, tokenizer: str = "bytes") -> Path:
     """Prepared shards of short documents, DIR/train and DIR/validation."""
     rows = random.Random(0)
-    texts = [f"the {word} of the union {rows.random()} is strong" * rows.randint(1, 3) for _ in range(documents)]
+    texts = [
+        f"the {word} of the union {rows.random()} is strong{'~' * (i % 10 == 0)}" * rows.randint(1, 3)
+        for i in range(documents)
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "source.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -38,7 +41,7 @@ def write_data(folder: Path, word: str = "state", documents: int = 120, tokenize
     return folder / "data"
 
 
-def settings(data: Path, out: Path, **changes: Any) -> dict[str, Any]:
+def settings(data: Path, out: Path, /, **changes: Any) -> dict[str, Any]:
     """A small run's settings; a dict among the changes is merged into the table of its name."""
     told: dict[str, Any] = {
         "steps": 8,
@@ -80,16 +83,23 @@ class Started:
     """Ranks of a run. What they print goes to a file each."""
 
     def __init__(
-        self, told: Mapping[str, Any], *options: str, ranks: int = 1, before: str | None = None, **more: str
+        self,
+        told: Mapping[str, Any],
+        *options: str,
+        ranks: int = 1,
+        before: str | None = None,
+        said: Path | None = None,
+        **more: str,
     ) -> None:
-        """A function of inside.py is called `before` the command; `more` is for its environment."""
+        """A function of inside.py is called `before` the command, and `more` is for its environment; `said`: where files go."""
         out = Path(told["out"])
-        out.parent.mkdir(parents=True, exist_ok=True)
-        config = out.parent / f"{out.name}.config.json"
+        beside = out.parent if said is None else said
+        beside.mkdir(parents=True, exist_ok=True)
+        config = beside / f"{out.name}.config.json"
         config.write_text(json.dumps(told))
-        self.said = [out.parent / f"{out.name}.rank{rank}.txt" for rank in range(ranks)]
+        self.said = [beside / f"{out.name}.rank{rank}.txt" for rank in range(ranks)]
         argv = ["pretrain", str(config), *options]
-        env: dict[str, str] = {**more, "TOLD": str(out.parent / f"{out.name}.told")}
+        env: dict[str, str] = {**more, "TOLD": str(beside / f"{out.name}.told")}
         if ranks > 1:
             # As under torchrun the store is nobody's rank.
             self._store = dist.TCPStore("localhost", 0, None, True, wait_for_workers=False)
@@ -97,10 +107,10 @@ class Started:
             env |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
         script = HERE / "inside.py"
         self.processes = []
-        for rank, said in enumerate(self.said):
+        for rank, file in enumerate(self.said):
             given = {
                 "ARGV": argv,
-                "SAID": str(said),
+                "SAID": str(file),
                 "BEFORE": before,
                 "ENV": {**env, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})},
             }
@@ -133,20 +143,20 @@ class Started:
         return "\n".join(f"--- rank {rank}\n{path.read_text()}" for rank, path in enumerate(self.said) if path.exists())
 
 
-def finished(told: Mapping[str, Any], *options: str, ranks: int = 1, before: str | None = None, **more: str) -> Path:
+def finished(told: Mapping[str, Any], *options: str, **more: Any) -> Path:
     """Run to the end; the run's directory."""
-    started = Started(told, *options, ranks=ranks, before=before, **more)
+    started = Started(told, *options, **more)
     codes = started.end()
-    assert codes == [0] * ranks, f"{codes}\n{started.text()}"
+    assert codes == [0] * len(codes), f"{codes}\n{started.text()}"
     return Path(told["out"])
 
 
-def refused(told: Mapping[str, Any], *options: str, ranks: int = 1, before: str | None = None, **more: str) -> str:
+def refused(told: Mapping[str, Any], *options: str, **more: Any) -> str:
     """The one line with which a run is refused: the first rank prints it, and all exit with status 2."""
-    started = Started(told, *options, ranks=ranks, before=before, **more)
+    started = Started(told, *options, **more)
     codes = started.end(60)
     said = started.text()
-    assert codes == [2] * ranks, f"{codes}\n{said}"
+    assert codes == [2] * len(codes), f"{codes}\n{said}"
     assert "Traceback" not in said, said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, said

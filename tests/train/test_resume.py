@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -38,10 +42,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _kill(started: Started, out: Path, phase: str, nth: int, rank: int | None, delay: float) -> None:
-    """Kill a rank, or all (None), a moment after a phase has begun for the nth time."""
+    """Kill a rank, or all (None), a moment after a phase has begun for the nth time, over all starts."""
     watched, until = rank or 0, time.monotonic() + 60
-    before = told_lines(out, watched).count(f"begin {phase}")
-    while told_lines(out, watched).count(f"begin {phase}") < before + nth:
+    while told_lines(out, watched).count(f"begin {phase}") < nth:
         assert started.processes[watched].is_alive() and time.monotonic() < until, started.text()
         time.sleep(0.001)
     time.sleep(delay)
@@ -67,11 +70,15 @@ def test_killed_at_random_moments(kills: int, data: Path, tmp_path: Path) -> Non
     told, out, draw = settings(data, tmp_path / "killed", **usual), tmp_path / "killed", random.Random(7)
     latest, hit = 0, set()
     for kill in range(kills):
-        phase = ("step", "save", "evaluation")[kill % 3]
+        phase, longest = ("step", "save", "evaluation")[kill % 3], 0.03
         rank = (None, 0, None, 1)[kill % 4]
+        if kill % 6 == 5:  # and while the run starts, where torchrun would end the other rank
+            phase, rank, longest = "start", None, 2.0
+        nth = draw.randint(1, {"start": 1, "step": 6}.get(phase, 2))
+        before = told_lines(out, rank or 0).count(f"begin {phase}")
         started = Started(told, "--resume", ranks=2, before="telling")
         begun = time.monotonic()
-        _kill(started, out, phase, draw.randint(1, 6 if phase == "step" else 2), rank, draw.uniform(0, 0.03))
+        _kill(started, out, phase, before + nth, rank, draw.uniform(0, longest))
         killed = time.monotonic()
         codes = started.end(60)
         print(kill, phase, rank, codes, f"{killed - begun:.2f} s to the kill, {time.monotonic() - killed:.2f} s after")
@@ -216,3 +223,29 @@ def test_eight_bit_states(data: Path, tmp_path: Path) -> None:
         assert f"on {ranks} rank" in said and "quantised a shard at a time" in said, said
         finished(told, "--resume", ranks=ranks)
         same_run(one, tmp_path / f"out{ranks}")
+
+
+# --- torchrun ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_under_torchrun(whole: Path, data: Path, tmp_path: Path) -> None:
+    """Ctrl-C there reaches the ranks twice, from the terminal and from torchrun: they save, and --resume goes on."""
+    out = tmp_path / "out"
+    told = settings(data, out, model={"source": "inside:dropping"})
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
+    command = [sys.executable, *torchrun, "localhost:0", "-m", "lrcompile", "pretrain", str(tmp_path / "config.json")]
+    with (tmp_path / "said").open("w") as said:
+        place: dict[str, Any] = {"cwd": Path(__file__).parent, "stdout": said, "stderr": said}
+        first = subprocess.Popen(command, start_new_session=True, **place)
+        metrics, until = out / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and '"kind": "step"' in metrics.read_text()):
+            assert first.poll() is None and time.monotonic() < until, (tmp_path / "said").read_text()
+            time.sleep(0.005)
+        os.killpg(first.pid, signal.SIGINT)
+        first.wait(120)
+        assert committed(out / "checkpoints"), (tmp_path / "said").read_text()
+        assert any("stopped by a signal" in text for text in events(out))
+        assert subprocess.run([*command, "--resume"], **place).returncode == 0, (tmp_path / "said").read_text()
+    same_run(whole, out)
