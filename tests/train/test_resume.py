@@ -91,7 +91,7 @@ def test_killed_at_random_moments(kills: int, data: Path, tmp_path: Path) -> Non
         there = max(committed(out / "checkpoints"), default=0)
         assert there >= latest, "a committed checkpoint is lost"
         resumed = [int(m[1]) for text in events(out) if (m := re.match(r"resumed from step (\d+)", text))]
-        assert latest == 0 or resumed[-1] == latest
+        assert latest == 0 or resumed[-1] == latest or phase == "start"
         latest = there
     assert hit >= {"step", "save", "evaluation"} or kills < 20
     finished(told, "--resume", ranks=2)
