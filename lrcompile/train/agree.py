@@ -16,19 +16,23 @@ LOST = "another rank is gone, or too slow to answer; what it said last tells why
 
 
 class Ranks:
-    """The ranks of a group, talking over a gloo group of their own; one rank where torch.distributed isn't initialised.
+    """Ranks that talk over a gloo group of their own; one rank where torch.distributed isn't initialised.
 
     The group is their own, so that a background thread talks on it while the training step talks on others: collectives
     of one group must come in the same order on every rank. Two threads must not talk on it at once.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group: dist.ProcessGroup | None = None
-        self.rank, self.world = 0, 1
-        if dist.is_available() and dist.is_initialized():
-            members = None if group is None else dist.get_process_group_ranks(group)
-            self.group = dist.new_group(members, backend="gloo", use_local_synchronization=members is not None)
-            self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        """Make a group of all ranks, or take one that is made for this, of some."""
+        self.group, self.made = group, False
+        if group is not None and dist.get_backend(group) != "gloo":
+            raise TrainError(
+                f'the ranks agree over gloo: give dist.new_group(..., backend="gloo"), no {dist.get_backend(group)}'
+            )
+        if group is None and dist.is_available() and dist.is_initialized():
+            self.group, self.made = dist.new_group(backend="gloo"), True
+        self.rank = 0 if self.group is None else dist.get_rank(self.group)
+        self.world = 1 if self.group is None else dist.get_world_size(self.group)
 
     def gather(self, value: T) -> list[T]:
         """A value of each rank, on all ranks.
@@ -52,23 +56,26 @@ class Ranks:
             doing: opens the message of an error.
 
         Raises:
-            TrainError: a part failed, here or on another rank.
+            TrainError: a part failed, here or on another rank, or a rank is gone.
         """
         cause, result, problem = None, None, None
         try:
             result = part()
         except Exception as error:
             cause, problem = error, described(error)
-        answers = self.gather((result, problem))
+        try:
+            answers = self.gather((result, problem))
+        except TrainError as error:
+            raise TrainError(f"{doing}: {error}") from error
         problems = {rank: told for rank, (_, told) in enumerate(answers) if told is not None}
         if problems:
-            raise alike(f"{doing}: {joined(problems)}") from cause
+            raise alike(f"{doing}: {joined(problems, self.world)}") from cause
         return [result for result, _ in answers]  # type: ignore[misc]
 
     def close(self) -> None:
-        if self.group is not None and dist.is_initialized():
+        if self.made and dist.is_initialized():
             dist.destroy_process_group(self.group)
-        self.group = None
+        self.group, self.made = None, False
 
 
 def alike(message: str) -> TrainError:
@@ -85,14 +92,15 @@ def lost(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
-def joined(problems: dict[int, str]) -> str:
-    """What went wrong on which ranks; what all of them say is said once."""
+def joined(problems: dict[int, str], world: int) -> str:
+    """What went wrong on which of the ranks; what all of them say is said once."""
     by_text: dict[str, list[int]] = {}
     for rank, problem in sorted(problems.items()):
         by_text.setdefault(problem, []).append(rank)
-    if len(by_text) == 1 and (len(problems) == 1 or 0 in problems):
-        return next(iter(by_text))
-    return "; ".join(f"{text} (rank {', '.join(map(str, ranks))})" for text, ranks in by_text.items())
+    told = {
+        text: "" if len(ranks) == world else f" (rank {', '.join(map(str, ranks))})" for text, ranks in by_text.items()
+    }
+    return "; ".join(text + where for text, where in told.items())
 
 
 def described(error: BaseException) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,11 @@ from torch import nn
 from lrcompile.errors import TrainError
 from lrcompile.recipe import CALIBRATED, Recipe
 from lrcompile.sources import load_source
+from lrcompile.train.language import blocks, example
 from lrcompile.train.values import Drawn, Held, Values, parameters_on_meta
 from lrcompile.weights.adopt import adopt
 from lrcompile.weights.plan import Plan
 from lrcompile.weights.planner import plan
-
-IGNORED = -100  # a target that is not predicted, as torch's cross_entropy has it
 
 
 @dataclass
@@ -62,7 +59,7 @@ def build(
         seed: of drawn values; and set before module:factory is called.
 
     Raises:
-        TrainError: a recipe that looks at data, a model without layers.
+        TrainError: a recipe that looks at data.
     """
     if recipe is not None and recipe.start in CALIBRATED:
         raise TrainError(
@@ -85,72 +82,7 @@ def build(
     return Built(model, the_plan, values, names)
 
 
-def blocks(model: nn.Module) -> list[str]:
-    """Names of a model's layers: the members of its outermost ModuleLists that are more than a list of small parts.
-
-    Raises:
-        TrainError: there is none.
-    """
-    found: list[str] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{block}.") for block in found)
-        if isinstance(module, nn.ModuleList) and not inside:
-            found += [
-                f"{name}.{key}" for key, child in module.named_children() if next(child.parameters(), None) is not None
-            ]
-    if not found:
-        raise TrainError(f"{type(model).__name__} has no nn.ModuleList of layers, which are sharded one by one")
-    return found
-
-
-def example(model: nn.Module, length: int) -> Any:
-    """Example inputs on the device of the model's parameters: one row of `length` tokens."""
-    device = next(model.parameters()).device
-    tokens = torch.zeros(1, length, dtype=torch.int64, device=device)
-    return inputs(model, tokens, torch.arange(length, device=device)[None])
-
-
-def inputs(model: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> Any:
-    """What the model is called with: keywords of transformers where it has them, the tokens alone where not.
-
-    Args:
-        tokens: int64 (rows, length).
-        positions: int64 (rows, length), from 0 in every document: models of transformers keep attention inside a document
-            by them.
-    """
-    accepted = _accepted(model)
-    if "position_ids" not in accepted:
-        return (tokens,)
-    given = {"input_ids": tokens, "position_ids": positions}
-    return {**given, "use_cache": False} if "use_cache" in accepted else given
-
-
-def logits_of(model: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Call a model: (rows, length) tokens -> (rows, length, vocabulary) logits."""
-    given = inputs(model, tokens, positions)
-    output = model(**given) if isinstance(given, Mapping) else model(*given)
-    if isinstance(output, torch.Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, torch.Tensor):
-        raise TrainError(f"{type(model).__name__} returns {type(output).__name__}; a language model returns logits")
-    return logits
-
-
-def keeps_documents_apart(model: nn.Module) -> bool:
-    """Whether attention stays inside a document where several share a row."""
-    return "position_ids" in _accepted(model)
-
-
-def _accepted(model: nn.Module) -> set[str]:
-    found = model.__dict__.get("lr_accepted")
-    if found is None:
-        found = set(inspect.signature(type(model).forward).parameters)
-        model.__dict__["lr_accepted"] = found
-    return found
-
-
-def _settle(model: nn.Module, dtype: torch.dtype, attention: str | None) -> None:
+def _settle(model: Any, dtype: torch.dtype, attention: str | None) -> None:
     for p in model.parameters():
         if p.is_floating_point():
             p.data = p.data.to(dtype)
@@ -162,9 +94,10 @@ def _with_buffers(config: Path, dtype: torch.dtype, attention: str | None) -> nn
     """The model of a transformers config with its parameters on `meta` and its buffers real."""
     drawing = importlib.import_module("transformers.initialization")
     with parameters_on_meta(), drawing.no_init_weights():
-        model, _ = load_source(str(config), device=None)
+        model: Any = load_source(str(config), device=None)[0]
     model.tie_weights()
     _settle(model, dtype, attention)
+    assert isinstance(model, nn.Module)
     return model
 
 

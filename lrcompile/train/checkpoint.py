@@ -26,7 +26,16 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from lrcompile.errors import TrainError
 from lrcompile.train.agree import LOST, Ranks, alike, described, joined
-from lrcompile.train.committed import begin, commit, committed, prune, read_manifest, recover, wrong_files
+from lrcompile.train.committed import (
+    check_step,
+    commit,
+    committed,
+    prune,
+    read_manifest,
+    recover,
+    work_folder,
+    wrong_files,
+)
 from lrcompile.train.stored import CopiesPlanner, Entry, local_part, mismatches, spread, unfit
 from lrcompile.weights.folder import absolute, lock, sha256
 
@@ -39,7 +48,7 @@ class Checkpoints:
         keep: how many of the latest are kept, at least 1.
         asynchronous: write in the background, from a copy in host memory (page-locked for CUDA tensors, and kept for the
             next save: the bytes of a rank's shards).
-        group: whose ranks take part; None: all. They talk over a gloo group of their own.
+        group: a gloo group of the ranks that take part, which nothing else uses meanwhile; None: one of all is made.
 
     Raises:
         TrainError: the directory can't be made.
@@ -60,7 +69,8 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
         self._staged: dict[str, Tensor] = {}
-        self._ours, self._handles = False, []
+        self._ours = False
+        self._handles: list[int] = []
         self._unlock = weakref.finalize(self, _close, self._handles)
         if self._ranks.group is None:
             # DCP warns at each save that it works in one process. That is what was asked for.
@@ -77,30 +87,33 @@ class Checkpoints:
             step: steps done, not below the latest committed one.
             tensors: any dtype of safetensors and any shape, on any device. DTensors are stored once, whatever their mesh.
                 A plain tensor is one that all ranks have the same, or that this rank alone has, under a name of its own.
-            told: what JSON holds, the same on all ranks.
+            told: what JSON holds; rank 0's is kept.
 
         Raises:
             TrainError: on every rank: this save can't begin, or the one before failed. What was committed is untouched.
         """
         self.wait()
 
-        def prepare() -> tuple[dict[str, Entry], str]:
+        def prepare() -> tuple[int, dict[str, Entry], dict[str, Any]]:
             problems = [problem for name, tensor in tensors.items() if (problem := unfit(name, tensor))]
             if problems:
                 raise TrainError(_some(problems))
-            json.dumps(told)
-            work = ""
             if self._ranks.rank == 0:
                 self._claim()
-                work = str(begin(self.dir, step))
+                check_step(self.dir, step)
+                shutil.rmtree(work_folder(self.dir, step), ignore_errors=True)  # of a save that failed
             if self.asynchronous:
                 self._stage(tensors)
-            return {name: (tuple(t.shape), str(t.dtype), local_part(t).nbytes) for name, t in tensors.items()}, work
+            entries = {name: (tuple(t.shape), str(t.dtype), local_part(t).nbytes) for name, t in tensors.items()}
+            return step, entries, json.loads(json.dumps(told))  # a copy: the caller's may change before it is written
 
         doing = f"step {step} can't be saved to {self.dir}"
         parts = self._ranks.agreed(doing, prepare)
-        files = spread([entries for entries, _ in parts], doing)
-        self._running = self._thread.submit(self._write, doing, Path(parts[0][1]), dict(tensors), files, step, told)
+        steps = [step for step, _, _ in parts]
+        if len(set(steps)) > 1:
+            raise TrainError(f"{self.dir}: ranks save different steps: {steps}")
+        files = spread([entries for _, entries, _ in parts], doing)
+        self._running = self._thread.submit(self._write, doing, dict(tensors), files, step, parts[0][2])
         if not self.asynchronous:
             self.wait()
 
@@ -152,8 +165,8 @@ class Checkpoints:
                     process_group=self._ranks.group,
                     no_dist=self._ranks.group is None,
                 )
-        except CheckpointException as error:
-            raise _failure(doing, error) from error
+        except (CheckpointException, RuntimeError) as error:
+            raise self._failure(doing, error) from error
         return manifest["told"]
 
     def close(self) -> None:
@@ -198,14 +211,13 @@ class Checkpoints:
     def _write(
         self,
         doing: str,
-        work: Path,
         tensors: dict[str, Tensor],
         files: dict[str, int],
         step: int,
         told: dict[str, Any],
     ) -> None:
         """What a save does in the background, on all ranks."""
-        ranks = self._ranks
+        ranks, work = self._ranks, work_folder(self.dir, step)
 
         def hashed() -> dict[str, tuple[int, str]]:
             mine = work.glob(f"shard-{ranks.rank + 1:05d}-*")  # DCP's names
@@ -231,7 +243,7 @@ class Checkpoints:
         except BaseException as error:  # CheckpointException is no Exception
             if ranks.rank == 0:
                 shutil.rmtree(work, ignore_errors=True)
-            raise _failure(doing, error) from error
+            raise self._failure(doing, error) from error
 
     def _refuse(self, doing: str, part: Callable[[], list[str]]) -> None:
         """Raise what any rank finds wrong, on all."""
@@ -239,6 +251,16 @@ class Checkpoints:
         problems = list(dict.fromkeys(problem for found in parts for problem in found))
         if problems:
             raise alike(f"{doing}: {_some(problems)}")
+
+    def _failure(self, doing: str, error: BaseException) -> TrainError:
+        """What DCP's errors come to: what fails on a rank it tells to all, and only talking about it can fail on one."""
+        if isinstance(error, CheckpointException):
+            problems = {rank: described(cause) for rank, (cause, _) in error.failures.items()}
+            failure = TrainError if LOST in problems.values() else alike
+            return failure(f"{doing}: {joined(problems, self._ranks.world)}")
+        if isinstance(error, TrainError):
+            return error
+        return TrainError(f"{doing}: {described(error)}")
 
     def _altered(self, folder: Path, files: dict[str, list[Any]]) -> list[str]:
         """This rank's share of the files whose content isn't what was saved."""
@@ -250,15 +272,6 @@ class Checkpoints:
             for name in shares[self._ranks.rank]
             if sha256(folder / name) != files[name][1]
         ]
-
-
-def _failure(doing: str, error: BaseException) -> TrainError:
-    if isinstance(error, CheckpointException):
-        problems = {rank: described(e) for rank, (e, _) in error.failures.items()}
-        # DCP tells all ranks of what failed on any; but for a rank that is gone.
-        failure = TrainError if LOST in problems.values() else alike
-        return failure(f"{doing}: {joined(problems)}")
-    return error if isinstance(error, TrainError) else TrainError(f"{doing}: {described(error)}")
 
 
 def _some(problems: list[str]) -> str:

@@ -44,29 +44,25 @@ def recover(dir: Path) -> None:
             _remove(dir / name)
 
 
-def begin(dir: Path, step: int) -> Path:
-    """An empty folder to write a step's files into.
-
-    Raises:
-        TrainError: a later step is committed, which would go on being the latest.
-    """
+def check_step(dir: Path, step: int) -> None:
+    """Raise TrainError where a later step is committed, which would go on being the latest."""
+    if type(step) is not int or step < 0:
+        raise TrainError(f"a step is a whole number from 0 on, not {step!r}")
     later = [path for at, path in committed(dir).items() if at > step]
     if later:
-        raise TrainError(
-            f"{later[-1]} is of a later step: to go on from an earlier one, move it and what else is later away"
-        )
-    work = dir / f".step-{step:08d}.partial"
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    return work
+        raise TrainError(f"{later[-1]} is of a later step: to go on from an earlier one, move what is later away")
+
+
+def work_folder(dir: Path, step: int) -> Path:
+    """Where the files of a step are written until `commit`."""
+    return dir / f".step-{step:08d}.partial"
 
 
 def commit(work: Path, told: dict[str, Any], files: dict[str, tuple[int, str]]) -> Path:
     """Give a folder its name, now that all its files are flushed.
 
     Args:
-        work: from `begin`.
+        work: from `work_folder`.
         told: what the manifest tells beside the files: "step", "world", "told".
         files: bytes and SHA-256 of each, by name.
 

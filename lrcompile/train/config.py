@@ -120,7 +120,8 @@ def _one_dial(base: RecipeTable, told: RecipeTable) -> RecipeTable:
     """Where the command line turns another dial than the file, the file's is let go."""
     new = [d for d in DIALS if getattr(told, d) is not None and getattr(told, d) != getattr(base, d)]
     old = [d for d in DIALS if getattr(base, d) is not None and d not in new]
-    return replace(told, **dict.fromkeys(old)) if new else told
+    let_go: dict[str, Any] = dict.fromkeys(old)
+    return replace(told, **let_go) if new else told
 
 
 def _check_complete(run: Run, flags: Flags) -> None:
@@ -181,7 +182,12 @@ def _toml(text: str) -> Any:
 
 def _yaml(text: str) -> Any:
     yaml = _library("yaml")
-    given = yaml.safe_load(text)
+
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            return _once(self.construct_pairs(node, deep=True))
+
+    given = yaml.load(text, Loader)
 
     # YAML 1.1 takes 3e-4 for a text, since it has no point: numbers are what look like numbers, as everywhere else.
     def numbers(value: Any) -> Any:
@@ -194,7 +200,21 @@ def _yaml(text: str) -> Any:
     return numbers(given)
 
 
-_PARSERS = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml, ".json": json.loads}
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    """A table of pairs, each key once: TOML sees to it, YAML and JSON take the last without a word."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} is there twice")
+        found[str(key)] = value
+    return found
+
+
+_PARSERS = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml, ".json": _json}
 
 
 def _merge(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lrcompile.errors import TrainError
 from lrcompile.train.agree import Ranks, alike
-from lrcompile.train.build import IGNORED, build, keeps_documents_apart, logits_of
+from lrcompile.train.build import build
 from lrcompile.train.checkpoint import Checkpoints
 from lrcompile.train.committed import committed, read_manifest
 from lrcompile.train.config import differences, load_resolved, save_resolved
@@ -27,6 +27,7 @@ from lrcompile.train.data import Batch, Prefetch, Sampler, Shards
 from lrcompile.train.data.tokens import saved_tokenizer
 from lrcompile.train.evaluate import continued, held_out_loss, summed_loss
 from lrcompile.train.finish import export
+from lrcompile.train.language import IGNORED, keeps_documents_apart, logits_of
 from lrcompile.train.log import RunLog
 from lrcompile.train.materialise import allocate, materialise
 from lrcompile.train.measure import flops_per_token
@@ -74,7 +75,7 @@ class _Run:
         stack.callback(ranks.close)
         self.ranks = ranks
         ranks.agreed("the run can't start", lambda: self._claim(resume))
-        *_, self.micro_batches = run.layout(world.size)
+        *_, self.rows, self.micro_batches = run.layout(world.size)
         ranks.agreed("the data can't be read", self._read)
         ranks.agreed("the model can't be built", self._build)
         self.checkpoints = Checkpoints(self.out / CHECKPOINTS, keep=run.save.keep, asynchronous=run.save.asynchronous)
@@ -254,7 +255,7 @@ class _Run:
 
     def _batches(self) -> Iterator[Batch]:
         """This rank's micro-batches from the next step on."""
-        rows = self.run.micro_batch
+        rows = self.rows
         for step in range(self.done, self.run.steps):
             for i in range(self.micro_batches):
                 yield self.sampler.rows(step, (self.world.rank * self.micro_batches + i) * rows, rows)
@@ -352,7 +353,7 @@ class _Run:
                 self.held_out,
                 run.evaluate.batches,
                 rows=run.batch,
-                micro_batch=run.micro_batch,
+                micro_batch=self.rows,
                 world=self.world,
             )
             self.log.evaluation(self.done, loss=loss)

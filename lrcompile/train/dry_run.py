@@ -20,7 +20,8 @@ from lrcompile.graph.names import parameter_names
 from lrcompile.kernels import launch
 from lrcompile.show import plan_table
 from lrcompile.sources import example_inputs, load_source, token_count
-from lrcompile.train.measure import Measured, blocks, flops_per_token, measure
+from lrcompile.train.language import layers
+from lrcompile.train.measure import Measured, flops_per_token, measure
 from lrcompile.train.settings import Run
 from lrcompile.weights.adopt import adopt
 from lrcompile.weights.layers import AdoptedModule
@@ -41,7 +42,8 @@ class Report:
         run: its settings.
         plan: of the weights; None for a dense run.
         inputs: tokens in the example that was planned on; None where that isn't known.
-        ranks, replicate, shard, accumulate: ranks, copies of the parameters, ranks that share one, micro-batches a step.
+        ranks, replicate, shard: ranks, copies of the parameters, ranks that share one.
+        rows, accumulate: sequences that a rank takes at once, and how often in a step.
         parameters: in the dense model, and after.
         trained: of those after.
         weights, gradients, optimizer: bytes a rank.
@@ -59,6 +61,7 @@ class Report:
     ranks: int
     replicate: int
     shard: int
+    rows: int
     accumulate: int
     parameters: tuple[int, int]
     trained: int
@@ -108,7 +111,7 @@ class Report:
         if self.plan is not None:
             ratio = self.plan.byte_compression if self.plan.by_bytes else self.plan.compression
             table.add_row("linear weights", f"{ratio:.2f}x", "fewer bytes" if self.plan.by_bytes else "fewer numbers")
-        layout = f"{self.replicate} × {self.shard} ranks, {self.accumulate} × {run.micro_batch} sequences of {run.data.length} each"
+        layout = f"{self.replicate} × {self.shard} ranks, {self.accumulate} × {self.rows} sequences of {run.data.length} each"
         table.add_row("a step", f"{count(self.tokens_per_step)} tokens", layout)
         table.add_row("all steps", f"{count(run.steps * self.tokens_per_step)} tokens", f"{run.steps:,} steps")
         table.add_section()
@@ -165,7 +168,7 @@ def dry_run(run: Run, world_size: int = 1, *, target: str | None = None) -> Repo
         RecipeError, PlanError: what was asked for can't be had.
         KernelError: no such target.
     """
-    replicate, shard, accumulate = run.layout(world_size)
+    replicate, shard, rows, accumulate = run.layout(world_size)
     recipe = run.recipe.make()
     device = (
         cost.device_named(target)
@@ -187,7 +190,7 @@ def dry_run(run: Run, world_size: int = 1, *, target: str | None = None) -> Repo
     notes = []
     found = None
     try:
-        found = measure(model, rows=run.micro_batch, length=run.data.length, precision=precision)
+        found = measure(model, rows=rows, length=run.data.length, precision=precision)
     except TrainError as error:
         notes.append(f"activations, FLOPs and tokens/s are not told: {error}")
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -198,6 +201,7 @@ def dry_run(run: Run, world_size: int = 1, *, target: str | None = None) -> Repo
         ranks=world_size,
         replicate=replicate,
         shard=shard,
+        rows=rows,
         accumulate=accumulate,
         parameters=(dense, after),
         trained=sum(p.numel() for p in trained),
@@ -231,12 +235,17 @@ def on_meta(source: str, dtype: torch.dtype, attention: str) -> tuple[nn.Module,
     else:
         with torch.device("meta"):
             model, inputs = load_source(source)
-    model = model.to("meta")
-    for p in model.parameters():
-        if p.is_floating_point():
-            p.data = p.data.to(dtype)
-    if hasattr(model, "set_attn_implementation"):
-        model.set_attn_implementation(attention)
+    made: dict[int, nn.Parameter] = {}  # Module.to("meta") would untie what is tied
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if id(p) not in made:
+                shape = torch.empty_like(p, dtype=dtype if p.is_floating_point() else p.dtype, device="meta")
+                made[id(p)] = nn.Parameter(shape, p.requires_grad)
+            module._parameters[name] = made[id(p)]
+    model.to("meta")  # the buffers
+    settle: Any = getattr(model, "set_attn_implementation", None)
+    if settle is not None:
+        settle(attention)
     return model.train(), inputs
 
 
@@ -285,7 +294,7 @@ def optimizer_bytes(model: nn.Module, name: str, shard: int = 1) -> dict[str, in
                     parts = module.lr_parts(weight)
                     pairs |= {id(parts["_a"]), id(parts["_b"])}
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    matrices = {id(p) for block in blocks(model) for p in block.parameters() if p.dim() == 2} - embeddings
+    matrices = {id(p) for block in layers(model) for p in block.parameters() if p.dim() == 2} - embeddings
     found: dict[str, int] = {}
     for p, key in _trained(model):
         numbers = _local(p, shard)
@@ -314,10 +323,10 @@ def _gathered(model: nn.Module, shard: int, precision: torch.dtype) -> int:
 
     if shard == 1:
         return used(p for p in model.parameters() if p.is_floating_point() and p.dtype != precision)
-    layers = [list(block.parameters()) for block in blocks(model)]
-    inside = {id(p) for layer in layers for p in layer}
+    held = [list(block.parameters()) for block in layers(model)]
+    inside = {id(p) for layer in held for p in layer}
     around = used(p for p in model.parameters() if id(p) not in inside)
-    return around + 2 * max(map(used, layers), default=0)  # one computes while the next is fetched
+    return around + 2 * max(map(used, held), default=0)  # one computes while the next is fetched
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -339,4 +348,4 @@ def _seconds(report: Report, found: Measured, device: cost.Device, precision: to
     return report.accumulate * micro + passed / (device.bandwidth * cost.MEMORY_REACH)
 
 
-__all__ = ["Report", "blocks", "check_length", "dry_run", "flops_per_token", "on_meta", "optimizer_bytes"]
+__all__ = ["Report", "check_length", "dry_run", "flops_per_token", "on_meta", "optimizer_bytes"]

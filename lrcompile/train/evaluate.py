@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lrcompile.train.build import IGNORED, logits_of
 from lrcompile.train.data import Sampler
+from lrcompile.train.language import IGNORED, logits_of
 from lrcompile.train.world import World
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ def export(model: nn.Module, twin: nn.Module, plan: Plan | None, out: Path, *, m
         allocate(twin, torch.device("cpu"))
     places = dict(twin.named_parameters())
     for name, p in model.named_parameters():
-        whole = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+        whole = p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
         if first:
             fill(places[name], whole.cpu())
     if not first:
@@ -64,7 +65,7 @@ def export(model: nn.Module, twin: nn.Module, plan: Plan | None, out: Path, *, m
     return written
 
 
-def _write_dense(model: nn.Module, out: Path, data: Path) -> None:
+def _write_dense(model: Any, out: Path, data: Path) -> None:
     if not hasattr(model, "save_pretrained"):
         out.mkdir(parents=True, exist_ok=True)
         save_model(model, str(out / "model.safetensors"))

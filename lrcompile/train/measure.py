@@ -5,7 +5,6 @@ The model is called once on fake tensors, which have shapes and no numbers, with
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lrcompile.errors import TrainError
 from lrcompile.graph.measure import FORMULAS
+from lrcompile.train.language import args_of, inputs, layers, logits_in
 from lrcompile.weights.layers import AdoptedModule, one_product
 
 POLICIES = ("none", "block", "selective")
@@ -109,17 +109,6 @@ def flops_per_token(model: nn.Module, length: int) -> tuple[float, float]:
     return found.training_flops / found.tokens, 3 * found.dense_flops / found.tokens
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """A model's repeated layers: the members of its outermost ModuleLists, those that hold parameters."""
-    found: list[nn.Module] = []
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not name.startswith(inside or ("\0",)):
-            inside = (*inside, f"{name}.")
-            found += [child for child in module if next(child.parameters(), None) is not None]
-    return list(dict.fromkeys(found))
-
-
 def measure(
     model: nn.Module, *, rows: int, length: int, precision: torch.dtype | None = None, targets: bool = True
 ) -> Measured:
@@ -144,7 +133,8 @@ def measure(
         watch = _Watch(found, counter, {t.untyped_storage()._cdata for t in fakes.values()})
         with counter, watch, watch.on(model):
             try:
-                logits = _logits(functional_call(model, fakes, *_called(model, tokens), tie_weights=True))
+                args = args_of(inputs(model, tokens, torch.zeros_like(tokens)))
+                logits = logits_in(model, functional_call(model, fakes, *args, tie_weights=True))
                 if targets:
                     loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
                     del loss
@@ -166,25 +156,6 @@ def _fakes(model: nn.Module, precision: torch.dtype | None) -> dict[str, torch.T
     for name, b in model.named_buffers():
         fakes[name] = torch.empty(b.shape, dtype=b.dtype)
     return fakes
-
-
-def _called(model: nn.Module, tokens: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    accepted = inspect.signature(type(model).forward).parameters
-    if "input_ids" not in accepted:
-        return (tokens,), {}
-    given: dict[str, Any] = {"input_ids": tokens}
-    if "position_ids" in accepted:
-        given["position_ids"] = torch.zeros_like(tokens)
-    return (), {**given, "use_cache": False} if "use_cache" in accepted else given
-
-
-def _logits(output: Any) -> torch.Tensor:
-    for found in (output, getattr(output, "logits", None), output[0] if isinstance(output, tuple) else None):
-        if isinstance(found, torch.Tensor) and found.dim() == 3:
-            return found
-    raise TrainError(
-        f"the model returns {type(output).__name__}; a language model returns (rows, length, vocabulary) logits"
-    )
 
 
 class _Watch(TorchDispatchMode):
@@ -215,7 +186,7 @@ class _Watch(TorchDispatchMode):
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
         hooks: list[Any] = []
-        for block in blocks(model):
+        for block in layers(model):
             hooks.append(block.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
             hooks.append(block.register_forward_hook(self._leave, always_call=True))
         for module in model.modules():
@@ -279,5 +250,5 @@ def _weigh(model: nn.Module, watch: _Watch, found: Measured) -> None:
                 parts = module.lr_parts(name).items()
                 frozen = sum(form.numbers_in(suffix) for suffix, leaf in parts if not leaf.requires_grad)
                 found.frozen_flops += 2 * rows * frozen
-        elif _multiplies(module) and not module.weight.requires_grad:
-            found.frozen_flops += 2 * rows * module.weight.numel()
+        elif _multiplies(module) and not (weight := module.get_parameter("weight")).requires_grad:
+            found.frozen_flops += 2 * rows * weight.numel()

@@ -80,7 +80,7 @@ def parallelise(
             # The forward, not the module: what FSDP hangs on the module's call stays outside the compiled code.
             forward = torch.compile(forward, backend=backend, options=options)
         if forward is not layer.forward:
-            layer.forward = forward  # type: ignore[method-assign]
+            layer.forward = forward
     if over is None:
         return
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
@@ -90,9 +90,9 @@ def parallelise(
 
 
 def _recomputed(forward: Callable[..., Any], kind: str) -> Callable[..., Any]:
-    context = (
-        {"context_fn": functools.partial(create_selective_checkpoint_contexts, _policy)} if kind == "selective" else {}
-    )
+    context: dict[str, Any] = {}
+    if kind == "selective":
+        context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:

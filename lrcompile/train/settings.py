@@ -6,7 +6,7 @@ The docstring below each field is what `lrcompile pretrain --help` prints. confi
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lrcompile.errors import TrainError
 from lrcompile.recipe import Recipe
@@ -113,7 +113,7 @@ class Optimizer(Strict):
     lr: float = 6e-4
     """Learning rate at the schedule's top."""
     factor_lr: float | None = None
-    """That of the pairs; None: lr. Spectron's is the spectral norm that one step may change a product by."""
+    """That of the pairs; None: lr, and 0.02 for spectron, whose rate is the spectral norm that a step may change a product by."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Of AdamW's running means."""
     eps: float = 1e-8
@@ -234,6 +234,20 @@ class Log(Strict):
         _need(self.every >= 1, "log.every", self.every, "must be 1 or more steps")
 
 
+class Layout(NamedTuple):
+    """How ranks share a step.
+
+    Attributes:
+        replicate, shard: copies of the parameters, and ranks that share one.
+        rows, accumulate: sequences that a rank takes at once, and how often in a step.
+    """
+
+    replicate: int
+    shard: int
+    rows: int
+    accumulate: int
+
+
 @dataclass(frozen=True)
 class Run(Strict):
     """A training run. Paths are taken from the current directory, in files as on the command line."""
@@ -252,7 +266,7 @@ class Run(Strict):
     batch: int = 32
     """Sequences a step, over all ranks."""
     micro_batch: int = 8
-    """Sequences that a rank takes at once; the rest of its share is accumulated."""
+    """Sequences that a rank takes at once, at most; the rest of its share is accumulated."""
     clip: float | None = 1.0
     """Largest norm of the gradient; None or inf: not clipped (TOML has no null: write inf)."""
     seed: int = 0
@@ -300,8 +314,8 @@ class Run(Strict):
             schedule=Schedule(name="linear", warmup=20, final=0.0),
         )
 
-    def layout(self, ranks: int) -> tuple[int, int, int]:
-        """(copies of the parameters, ranks that share one, micro-batches a rank and step) on so many ranks.
+    def layout(self, ranks: int) -> Layout:
+        """How so many ranks share a step.
 
         Raises:
             TrainError: the ranks can't be divided so; the message says what fits.
@@ -313,12 +327,14 @@ class Run(Strict):
                 f"parallel.replicate={replicate} times parallel.shard={shard} is {replicate * shard}, and there are {ranks} "
                 "ranks: leave shard out, and let replicate divide the ranks"
             )
-        if self.batch % (self.micro_batch * ranks):
+        share = self.batch // ranks
+        rows = min(self.micro_batch, share)
+        if self.batch % ranks or share % rows:
             raise TrainError(
                 f"batch={self.batch} can't be divided among {ranks} ranks that take micro_batch={self.micro_batch} at once: "
                 f"make it a multiple of {self.micro_batch * ranks}, or micro_batch smaller"
             )
-        return replicate, shard, self.batch // (self.micro_batch * ranks)
+        return Layout(replicate, shard, rows, share // rows)
 
 
 def _need(ok: bool, name: str, value: Any, what: str) -> None:

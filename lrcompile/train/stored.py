@@ -77,7 +77,8 @@ def spread(parts: list[dict[str, Entry]], doing: str) -> dict[str, int]:
 
 def mismatches(folder: Path, tensors: dict[str, Tensor], held: set[str]) -> list[str]:
     """What keeps these tensors from being filled from a checkpoint; the names that it holds are added to `held`."""
-    saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    # All of tensors: safetensors hold nothing else.
+    saved: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     held |= set(saved)
     problems = []
     for name, tensor in tensors.items():

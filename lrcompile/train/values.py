@@ -105,12 +105,12 @@ def _governor(model: nn.Module, name: str | None) -> Any:
     return found
 
 
-def _initialise(module: nn.Module, governor: Any) -> None:
+def _initialise(module: Any, governor: Any) -> None:
     """Children first, as transformers' own initialisation goes; a model inside a model follows its own rules."""
     own = module if hasattr(module, "_initialize_weights") else governor
     for child in module.children():
         _initialise(child, own)
-    module._is_hf_initialized = False  # type: ignore[assignment]
+    module._is_hf_initialized = False
     own._initialize_weights(module)
 
 

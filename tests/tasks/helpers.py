@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+WORDS = ("Sales", "a loss", "XYZ", "quarter", "it grew", "Nokia Oyj", "EUR 7")
 MOODS = ("negative", "neutral", "positive")
 
 
@@ -29,7 +30,7 @@ def adapters(path: Path, rows: list[tuple[str, str]]) -> None:
 def write_sets(folder: Path) -> None:
     """Every task's files, in a few rows, some of them a folder below."""
     (folder / "fpb").mkdir()
-    lines = [f"Sales in {1990 + n} were as told .@{MOODS[n % 3]}" for n in range(40)]
+    lines = [f"{WORDS[n % 7]} of {WORDS[n % 5]} {WORDS[n % 4]} {n} .@{MOODS[n % 3]}" for n in range(60)]
     (folder / "fpb" / "Sentences_50Agree.txt").write_text("\n".join(lines), encoding="latin-1")
     body = "".join(f'"$A{n} up, ""so"" they say https://t.co/{n}",{n % 3}\n' for n in range(9))
     (folder / "tfns_valid.csv").write_text("text,label\n" + body, encoding="utf-8")
@@ -93,34 +94,29 @@ def _names(texts: list[str]) -> list[str]:
 
 
 def tiny_tokenizer() -> Any:
-    """A token for every printable character; others are <unk>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """A token for every printable character, and for every mood after a space, so that labels are as long; others are <unk>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokens = ["<pad>", "<eos>", "<unk>", *string.printable[:95], "\n"]
+    tokens = ["<pad>", "<eos>", "<unk>", *string.printable[:95], "\n", *(f" {mood}" for mood in MOODS)]
     inner = Tokenizer(models.WordLevel({token: n for n, token in enumerate(tokens)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(pattern=_any_character(), behavior="isolated")
+    pattern = Regex(f" ({'|'.join(MOODS)})|[\\s\\S]")
+    inner.pre_tokenizer = pre_tokenizers.Split(pattern=pattern, behavior="isolated")
     inner.decoder = decoders.Fuse()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **special)
 
 
-def _any_character() -> Any:
-    from tokenizers import Regex
-
-    return Regex(r"[\s\S]")
-
-
 def tiny_model() -> Any:
-    """A random two-layer Llama over tiny_tokenizer's tokens, sharp enough that labels differ clearly."""
+    """A random two-layer Llama over tiny_tokenizer's tokens, sharp enough that its labels differ from prompt to prompt."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    config = LlamaConfig(vocab_size=100, max_position_embeddings=512, tie_word_embeddings=True, **sizes, **ids)
+    config = LlamaConfig(vocab_size=102, max_position_embeddings=512, tie_word_embeddings=True, **sizes, **ids)
     model = LlamaForCausalLM(config).eval()
+    torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.dim() == 2:
-            parameter.data.mul_(4)
+            torch.nn.init.normal_(parameter, std=0.24)
     return model

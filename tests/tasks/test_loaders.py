@@ -35,17 +35,17 @@ def test_every_task_has_rows_in_a_fixed_order(data: Path) -> None:
         sizes[name] = len(rows)
     expected = {"fiqa": 7, "tfns": 9, "nwgi": 2, "headline": 3, "ner": 2, "xbrl_term": 2, "boolq": 2, "piqa": 2}
     expected |= {"winogrande": 2, "arc_easy": 2, "openbookqa": 2}
-    assert 0 < sizes.pop("fpb") < 40 and sizes == expected
+    assert 0 < sizes.pop("fpb") < 60 and sizes == expected
 
 
 def test_sentiments_are_asked_as_fingpt_asks(data: Path) -> None:
     row = read_rows("fpb", data)[0][0]
-    year = int(row.text.split()[2])
+    number = int(row.text.split()[-2])
     assert row.prompt == (
         "Instruction: What is the sentiment of this news? Please choose an answer from {negative/neutral/positive}.\n"
-        f"Input: Sales in {year} were as told .\nAnswer:"
+        f"Input: {row.text}\nAnswer:"
     )
-    assert row.choices == ("negative", "neutral", "positive") and row.answer == (year - 1990) % 3
+    assert row.choices == ("negative", "neutral", "positive") and row.answer == number % 3
     tweets = by_text(read_rows("tfns", data)[0])
     assert tweets['$A4 up, "so" they say'].answer == 2, "1 is bullish; the link is cut out"
     assert [tweets[f'$A{n} up, "so" they say'].answer for n in (0, 2)] == [0, 1]
@@ -87,7 +87,7 @@ def test_general_sets_are_asked_as_lm_eval_asks(data: Path) -> None:
 
 def test_no_text_is_on_two_sides(data: Path) -> None:
     texts = [row.text for side in ("train", "validation", "test") for row in read_rows("fpb", data, side)[0]]
-    assert len(texts) == len(set(texts)) == 40
+    assert len(texts) == len(set(texts)) == 60
     left = [row.text for row in read_rows("tfns", data, "train")[0]]
     assert left == ["Another tweet"], "nine of its texts are on the test side"
     sides = split([(str(n), n) for n in range(2000)], None)

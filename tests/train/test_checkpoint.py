@@ -25,6 +25,8 @@ from lrcompile.train import stored as stored_module
 from lrcompile.train.checkpoint import Checkpoints
 from lrcompile.weights.folder import checksum
 
+from .checkpoint_ranks import same
+
 FILE = "shard-00001-model-00001-of-00001.safetensors"
 
 
@@ -49,15 +51,6 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
 
 def zeros() -> dict[str, Tensor]:
     return {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """To the bit: NaNs and signed zeros too."""
-
-    def bits(t: Tensor) -> Tensor:
-        return t.detach().contiguous().reshape(-1).view(torch.uint8)
-
-    return set(a) == set(b) and all(a[k].shape == b[k].shape and torch.equal(bits(a[k]), bits(b[k])) for k in a)
 
 
 @pytest.fixture
@@ -89,10 +82,12 @@ def refused(run: Checkpoints, path: Path, said: str, given: dict[str, Tensor] | 
 def test_bit_for_bit(tmp_path: Path, asynchronous: bool) -> None:
     run = Checkpoints(tmp_path / "a" / "b", asynchronous=asynchronous)
     assert run.latest() is None
-    told = {"step": 3, "losses": [0.1, 1e-300], "name": "é", "none": None}
+    told: dict[str, Any] = {"step": 3, "losses": [0.1, 1e-300], "name": "é", "none": None}
     given = tensors()
-    run.save(3, given, told)
-    # What happens to the tensors from here on isn't in the checkpoint.
+    with_keys = {**told, "keys": {2: "two", 10: "ten"}}
+    run.save(3, given, with_keys)
+    with_keys.clear()
+    # What happens to what was given from here on isn't in the checkpoint.
     with torch.no_grad():
         for tensor in given.values():
             tensor.zero_()
@@ -100,7 +95,7 @@ def test_bit_for_bit(tmp_path: Path, asynchronous: bool) -> None:
     again, filled = Checkpoints(tmp_path / "a" / "b"), zeros()
     filled["parameter"].requires_grad_()
     latest = again.latest()
-    assert latest is not None and again.load(latest, filled) == told
+    assert latest is not None and again.load(latest, filled) == {**told, "keys": {"2": "two", "10": "ten"}}
     assert same(filled, tensors())
     again.close()
 

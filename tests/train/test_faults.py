@@ -239,7 +239,7 @@ def test_refused_on_two_ranks(what: str, here: Path, tmp_path: Path) -> None:
     elif what == "vocabulary":
         assert "a vocabulary of" in refused({**new, "model": {"source": "inside:small_vocabulary"}}, ranks=2)
     elif what == "batch":
-        assert "batch=8 can't be divided among 2 ranks" in refused({**new, "micro_batch": 8}, ranks=2)
+        assert "batch=12 can't be divided among 2 ranks" in refused({**new, "batch": 12, "micro_batch": 4}, ranks=2)
     elif what == "setting":
         assert "nonsense is no setting" in refused({**new, "nonsense": 1}, ranks=2)
     else:

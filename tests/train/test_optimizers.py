@@ -14,6 +14,7 @@ import lrcompile
 from lrcompile import Recipe
 from lrcompile.errors import MissingLibraryError, TrainError
 from lrcompile.train.optimizers import OPTIMIZERS, Muon, Spectron, decay_products, optimizers, roles, schedule
+from lrcompile.train.optimizers.make import SPECTRON_LR
 
 from ..helpers_adopt import IDS, Albert, Shared, adopted_shared
 from ..helpers_train import Model, batch, loss_of
@@ -37,7 +38,7 @@ def names_of(model: nn.Module, parameters: list[Any]) -> set[str]:
 MODELS = {
     "dense": Model,
     "pairs": adopted,
-    "base and pair": lambda: adopted(base="dense", trainable=()),
+    "base and pair": lambda: adopted(weights="dense", init="zero", trainable=()),
     "tied, shared, frozen": adopted_shared,
     "albert": lambda: lrcompile.adopt(Albert(), Recipe(rank=4), IDS),
     "no blocks": Shared,
@@ -55,7 +56,8 @@ def test_every_trainable_parameter_is_in_one_optimizer(model: str, name: str) ->
     parts = optimizers(made, name, lr=1e-3, product_decay=0.1)
     assert sorted(held(parts)) == sorted(id(p) for p in made.parameters() if p.requires_grad)
     groups = [g for o in parts for g in o.param_groups]
-    assert all(g["params"] and g["base_lr"] == float(g["lr"]) == 1e-3 for g in groups)
+    rates = {1e-3, SPECTRON_LR} if name == "spectron" else {1e-3}
+    assert all(g["params"] and g["base_lr"] == float(g["lr"]) and g["base_lr"] in rates for g in groups)
     before = {n: p.detach().clone() for n, p in made.named_parameters()}
     for p in made.parameters():
         p.grad = torch.randn_like(p) if p.requires_grad else None
@@ -112,7 +114,7 @@ def test_groups() -> None:
 
 
 def test_a_pair_beside_a_base_brings_its_scale() -> None:
-    model = adopted(base="dense", scale="rank-stable") if False else adopted(base="dense", trainable=())
+    model = adopted(weights="dense", init="zero", trainable=())
     spectron, *rest = optimizers(model, "spectron", lr=1e-3)
     assert not rest  # nothing else is trained
     forms = [form for m in model.modules() for _, form in getattr(m, "lr_forms", ())]
@@ -178,7 +180,8 @@ def test_muon_is_torchs(shape: tuple[int, int]) -> None:
         muon.step()
         torchs.step()
     moved = (theirs - 0.1).norm()
-    assert (ours - theirs).norm() < 0.01 * moved  # both in bfloat16; torch's also divides by the norm in it
+    assert moved > 0.1
+    assert (ours - theirs).norm() < 0.03 * moved  # five products in bfloat16 each
 
 
 # --- decay of products ------------------------------------------------------------------------------------------------
@@ -248,19 +251,29 @@ def test_8_bits_follow_adamw() -> None:
     again = optimizers(ours, "adamw8bit", lr=1.0)[0]
     again.load_state_dict(made[0].state_dict())
     for a, b in zip(made[0].state.values(), again.state.values(), strict=True):
-        assert all(torch.equal(torch.as_tensor(a[k].float()), torch.as_tensor(b[k].float())) for k in a)
+        for key, value in a.items():
+            x, y = ((t.dequantize() if type(t) is not torch.Tensor else t) for t in (value, b[key]))
+            assert torch.equal(x, y) and type(value) is type(b[key])
 
 
 # --- sharded ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("world", "replicas"), [(2, 1), (3, 1), pytest.param(4, 2, marks=pytest.mark.slow, id="hsdp")])
-def test_sharded_against_one_process(world: int, replicas: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("world", "replicas", "names"),
+    [
+        pytest.param(2, 1, NAMES, marks=pytest.mark.slow, id="two"),
+        pytest.param(3, 1, NAMES, id="three"),
+        pytest.param(4, 2, NAMES, marks=pytest.mark.slow, id="hsdp"),
+        pytest.param(3, 1, ["adamw8bit"], marks=pytest.mark.slow, id="three, 8 bits"),
+    ],
+)
+def test_sharded_against_one_process(world: int, replicas: int, names: list[str], tmp_path: Path) -> None:
     """Pairs of rank 2: on three ranks, one has no row of weight_a."""
     script = [sys.executable, str(Path(__file__).with_name("sharded_optimizers.py"))]
     ranks = [
         subprocess.Popen(
-            [*script, str(rank), str(world), str(tmp_path / "store"), str(replicas)],
+            [*script, str(rank), str(world), str(tmp_path / "store"), str(replicas), *names],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -273,7 +286,7 @@ def test_sharded_against_one_process(world: int, replicas: int, tmp_path: Path) 
         for process in ranks:
             process.kill()
     assert all(process.returncode == 0 for process in ranks), "\n".join(said)
-    assert [line.split()[0] for line in said[0].splitlines() if " within " in line] == ["spectron", "muon", "adamw"]
+    assert [line.split()[0] for line in said[0].splitlines() if " within " in line] == names
 
 
 def test_other_shardings_are_refused(process_group: None) -> None:

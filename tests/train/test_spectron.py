@@ -135,7 +135,7 @@ def worst_of_two(make, steps: int = 100) -> float:
         losses = [(x @ a.T @ b.T - y).square().mean() / y.square().mean() for (a, b), y in zip(sides, ys, strict=True)]
         (losses[0] + losses[1] / 400).backward()
         optimizer.step()
-    worst = max(float(loss) for loss in losses)
+    worst = max(loss.item() for loss in losses)
     return worst if math.isfinite(worst) else math.inf
 
 

@@ -182,7 +182,7 @@ class Divided(torch.optim.Optimizer):
         raise NotImplementedError
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what the closure does."""
         loss = None
         if closure is not None:
@@ -191,7 +191,7 @@ class Divided(torch.optim.Optimizer):
         divide(list(self.jobs()))
         return loss
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As torch's, but state keeps its dtype (torch's casts it to the parameter's) and isn't shared with what was given."""
         super().load_state_dict(dict(state_dict))
         parameters = list(chain.from_iterable(group["params"] for group in self.param_groups))

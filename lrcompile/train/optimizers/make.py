@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrcompile.errors import MissingLibraryError, TrainError
+from lrcompile.errors import TrainError
+from lrcompile.train.optimizers.adamw8bit import adamw8bit
 from lrcompile.train.optimizers.groups import Pair, flat, roles
 from lrcompile.train.optimizers.muon import Muon
 from lrcompile.train.optimizers.product_decay import decay_products
 from lrcompile.train.optimizers.spectron import Spectron
+
+# Spectron's rate is a spectral norm: what one step may change a product's by.
+SPECTRON_LR = 0.02
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon", "spectron")
 
@@ -52,8 +56,8 @@ def optimizers(
 
     Args:
         lr: of all but the pairs; AdamW's scale.
-        factor_lr: of the pairs: a number; or a function of a Pair, for a rate that depends on its rank; None: lr. Spectron's is
-            the spectral norm that one step may change a product by, hundreds of times AdamW's.
+        factor_lr: of the pairs: a number; or a function of a Pair, for a rate that depends on its rank. None: lr, and for
+            Spectron SPECTRON_LR: its rate is the spectral norm that one step may change a product by, hundreds of times AdamW's.
         matrix_lr: of the dense matrices that Muon moves; None: lr, which Muon scales to the size of AdamW's steps.
         betas, eps: AdamW's.
         weight_decay: of dense matrices, decoupled.
@@ -67,9 +71,11 @@ def optimizers(
     if name not in OPTIMIZERS:
         raise TrainError(f"optimizer {name!r} is unknown; known are {', '.join(OPTIMIZERS)}")
     found = roles(model)
-    rate = factor_lr if callable(factor_lr) else lambda _: lr if factor_lr is None else factor_lr
+    if factor_lr is None:
+        factor_lr = SPECTRON_LR if name == "spectron" else lr
+    rate = factor_lr if callable(factor_lr) else lambda _: factor_lr
     pairs = _pair_groups(found.pairs, rate, product_decay)
-    sides = _group(found.sides, lr if factor_lr is None or callable(factor_lr) else factor_lr, 0.0)
+    sides = _group(found.sides, lr if name == "spectron" or callable(factor_lr) else factor_lr, 0.0)
     hidden = _group(found.hidden, lr, weight_decay)
     rest = _group(found.outer, lr, weight_decay) + _group(found.plain, lr, 0.0)
     if not pairs + sides + hidden + rest:
@@ -117,18 +123,6 @@ def _pair_groups(pairs: list[Pair], rate: Callable[[Pair], float], product_decay
 
 def _adamw(name: str, groups: list[Group], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
     if name == "adamw8bit":
-        try:
-            from torchao.optim import AdamW8bit
-        except ImportError as error:
-            raise MissingLibraryError("optimizer adamw8bit needs torchao: pip install 'lrcompile[quant]'") from error
-        made = AdamW8bit(groups, betas=betas, eps=eps)
-        made.register_step_pre_hook(_tensor_lr)
-        return made
+        return adamw8bit(groups, betas=betas, eps=eps)
     devices = {p.device.type for p in chain.from_iterable(group["params"] for group in groups)}
     return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=devices <= {"cpu", "cuda"} or None)
-
-
-def _tensor_lr(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-    """torchao's step is compiled and takes the learning rate as a tensor; schedules set a number, as everywhere else."""
-    for group in optimizer.param_groups:
-        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)

@@ -118,7 +118,7 @@ class _Step(Job):
             directions.append(orthogonalise(direction.contiguous(), self.dtype))
             vectors.append(found[:, None])
             sigmas.append(sigma)
-        rho = float(self.group["lr"]) / (max(abs(self.scale), 1e-30) * (sum(sigmas) + 1))
+        rho: torch.Tensor = float(self.group["lr"]) / (max(abs(self.scale), 1e-30) * (torch.stack(sigmas).sum() + 1))
         return [torch.cat([-rho.clamp(max=1) * d, v], dim=1) for d, v in zip(directions, vectors, strict=True)]
 
     def store(self, rows: list[torch.Tensor]) -> None:

