@@ -68,13 +68,15 @@ def settings(data: Path, out: Path, /, **changes: Any) -> dict[str, Any]:
 _SERVER = mp.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
-        "lrcompile.train.driver",
-        "lrcompile.train.config",
-        "lrcompile.graph.capture",
-        "torch._dynamo.repro.after_dynamo",
-        "tyro",
-        "pydantic",
-        "pytest",
+        *("lrcompile.train.driver", "lrcompile.train.config", "lrcompile.graph.capture", "lrcompile.weights.formats"),
+        *(
+            "torch._dynamo.repro.after_dynamo",
+            "torch.export._trace",
+            "pydantic.json_schema",
+            "tyro",
+            "typeguard",
+            "pytest",
+        ),
     ]
 )
 

@@ -239,7 +239,7 @@ def test_refused_on_two_ranks(what: str, here: Path, tmp_path: Path) -> None:
     elif what == "vocabulary":
         assert "a vocabulary of" in refused({**new, "model": {"source": "inside:small_vocabulary"}}, ranks=2)
     elif what == "batch":
-        assert "batch=8 can't be divided among 2 ranks" in refused({**new, "micro_batch": 8}, ranks=2)
+        assert "batch=12 can't be divided among 2 ranks" in refused({**new, "batch": 12, "micro_batch": 4}, ranks=2)
     elif what == "setting":
         assert "nonsense is no setting" in refused({**new, "nonsense": 1}, ranks=2)
     else:
@@ -273,7 +273,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_disk_that_fills_up(ranks: int, data: Path, small_disk: Path) -> None:
     """In a save, which is the first thing that takes room: the run ends; with room made it goes on from what was committed."""
     told = settings(data, small_disk / "out", save={"every": 2, "keep": 5})
@@ -291,7 +291,7 @@ def test_a_disk_that_fills_up(ranks: int, data: Path, small_disk: Path) -> None:
     same_run(finished({**told, "out": str(small_disk.parent / "whole")}, ranks=ranks), out)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_log_that_cannot_be_written(ranks: int, data: Path, tmp_path: Path) -> None:
     """Rank 0 alone writes it; the others end because it is gone."""
     told = settings(data, tmp_path / "out")

