@@ -21,6 +21,8 @@ from lrcompile.train.data import Sampler, Shards
 from .helpers_data import files_below
 from .runs import Started, documents, events, finished, losses, refused, same_run, settings, write_data
 
+DENSE = {"dense": True}  # no plan to make: these are quicker
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -51,6 +53,7 @@ def test_a_loss_or_gradient_that_is_not_finite(model: str, ranks: int, data: Pat
     """The run stops before the step, names its documents and the last checkpoint; bad_loss=skip goes on without it."""
     seed, step, rows = _seed_of_a_late_fault(data)
     usual: dict[str, Any] = {"seed": seed, "model": {"source": f"inside:{model}"}, "save": {"every": 2}, "steps": 10}
+    usual["recipe"] = DENSE
     told, out = settings(data, tmp_path / "out", **usual), tmp_path / "out"
     said = refused(told, ranks=ranks)
     last = step - 1 - (step - 1) % 2
@@ -276,7 +279,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_disk_that_fills_up(ranks: int, data: Path, small_disk: Path) -> None:
     """In a save, which is the first thing that takes room: the run ends; with room made it goes on from what was committed."""
-    told = settings(data, small_disk / "out", save={"every": 2, "keep": 5})
+    told = settings(data, small_disk / "out", save={"every": 1, "keep": 9}, recipe=DENSE)
     started = Started(told, ranks=ranks, said=small_disk.parent)
     codes = started.end(60)
     said = [line for line in started.text().splitlines() if line.startswith("error: ")]
@@ -294,7 +297,7 @@ def test_a_disk_that_fills_up(ranks: int, data: Path, small_disk: Path) -> None:
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_log_that_cannot_be_written(ranks: int, data: Path, tmp_path: Path) -> None:
     """Rank 0 alone writes it; the others end because it is gone."""
-    told = settings(data, tmp_path / "out")
+    told = settings(data, tmp_path / "out", recipe=DENSE)
     started = Started(told, ranks=ranks, before="full_log")
     assert started.end(60) == [2] * ranks, started.text()
     said = started.text()
@@ -316,7 +319,7 @@ def test_a_finished_model_that_cannot_be_written(data: Path, tmp_path: Path) -> 
 
 def test_one_rank_dies_while_the_others_compute(data: Path, tmp_path: Path) -> None:
     """They end by themselves, quickly, and say so."""
-    started = Started(settings(data, tmp_path / "out", steps=1000), ranks=4, before="telling")
+    started = Started(settings(data, tmp_path / "out", steps=1000, recipe=DENSE), ranks=4, before="telling")
     while not documents(tmp_path / "out", 4):
         assert started.processes[2].is_alive(), started.text()
         time.sleep(0.001)

@@ -176,12 +176,15 @@ def test_bfloat16(data: Path, tmp_path: Path) -> None:
 # --- stopped by a signal ----------------------------------------------------------------------------------------------
 
 
+def _random(data: Path, out: Path) -> dict[str, Any]:
+    """A run whose steps are random."""
+    return settings(data, out, model={"source": "inside:dropping"}, recipe={"dense": True})
+
+
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks that nothing stops."""
-    return finished(
-        settings(data, tmp_path_factory.mktemp("whole") / "out", model={"source": "inside:dropping"}), ranks=2
-    )
+    return finished(_random(data, tmp_path_factory.mktemp("whole") / "out"), ranks=2)
 
 
 @pytest.mark.parametrize(
@@ -194,17 +197,17 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_stopped_by_a_signal(number: int, to: str, whole: Path, data: Path, tmp_path: Path) -> None:
     """Whichever ranks get it, all save after the step they are in and exit with 0."""
-    told, out = settings(data, tmp_path / "out", model={"source": "inside:dropping"}), tmp_path / "out"
+    told, out = _random(data, tmp_path / "out"), tmp_path / "out"
     finished(told, ranks=2, before="signalled", SIGNAL=f"{int(number)} in 3 of {to}")
     assert list(committed(out / "checkpoints")) == [3] and list(losses(out)) == [1, 2, 3]
-    assert "stopped by a signal" in events(out)[-1] and not (out / "model").exists()
+    assert "stopped by a signal" in events(out)[-1] and not (out / "merged").exists()
     finished(told, "--resume", ranks=2)
     same_run(whole, out)
 
 
 def test_stopped_from_outside(whole: Path, data: Path, tmp_path: Path) -> None:
     """The same, at a moment that nobody chose."""
-    told, out = settings(data, tmp_path / "out", model={"source": "inside:dropping"}), tmp_path / "out"
+    told, out = _random(data, tmp_path / "out"), tmp_path / "out"
     started = Started(told, ranks=2, before="telling")
     while "begin step" not in told_lines(out):
         assert started.processes[0].is_alive(), started.text()
@@ -239,7 +242,7 @@ def test_eight_bit_states(data: Path, tmp_path: Path) -> None:
 def test_under_torchrun(whole: Path, data: Path, tmp_path: Path) -> None:
     """Ctrl-C there reaches the ranks twice, from the terminal and from torchrun: they save, and --resume goes on."""
     out = tmp_path / "out"
-    told = settings(data, out, model={"source": "inside:dropping"})
+    told = _random(data, out)
     (tmp_path / "config.json").write_text(json.dumps(told))
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
     command = [sys.executable, *torchrun, "localhost:0", "-m", "lrcompile", "pretrain", str(tmp_path / "config.json")]
