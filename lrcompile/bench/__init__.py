@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lrcompile.errors import LrcompileError
 
-NAMES = ("adopt", "plan", "step", "memory", "kernels", "aot")
+NAMES = ("adopt", "plan", "step", "memory", "driver", "materialise", "finetune", "kernels", "aot")
 
 
 def main(argv: Sequence[str]) -> None:
