@@ -142,7 +142,9 @@ def settings(size: Size, folder: Path) -> Run:
     return Run(
         model=Model(source=str(config)),
         recipe=RecipeTable(compression=2.64),
-        data=Data(train=str(next(path.parent for path in sorted((folder / "data").rglob("*.json")))), length=size.length),
+        data=Data(
+            train=str(next(path.parent for path in sorted((folder / "data").rglob("*.json")))), length=size.length
+        ),
         schedule=Schedule(warmup=2),
         parallel=How(precision="float32", compile=False),
         save=Save(every=10**9),

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 import lrcompile.train.build as building
 import lrcompile.train.materialise as materialising
 from lrcompile import Recipe
+from lrcompile.bench.llm import GPT2_1_5B, GPT2_TINY
 from lrcompile.bench.results import apart, load, write
 from lrcompile.train.build import build
 from lrcompile.train.meter import peak_memory
@@ -31,23 +32,6 @@ from lrcompile.words import size
 
 RANKS = 2
 PARTS = ("plan", "build and adopt, all else", "shard", "draw", "decompose", "hand out and fill")
-
-
-def gpt2(*, quick: bool = False) -> dict[str, Any]:
-    """The config.json of GPT-2 1.5B, or of a tiny one."""
-    layers, width, heads, vocabulary = (2, 64, 2, 512) if quick else (48, 1600, 25, 50257)
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": vocabulary,
-        "n_positions": 1024,
-        "n_embd": width,
-        "n_layer": layers,
-        "n_head": heads,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-    }
 
 
 def run(*, quick: bool = False, out: Path | None = None) -> None:
@@ -60,7 +44,7 @@ def run(*, quick: bool = False, out: Path | None = None) -> None:
     before = load()
     with TemporaryDirectory(prefix="lrcompile-bench-") as folder:
         config = Path(folder, "config.json")
-        config.write_text(json.dumps(gpt2(quick=quick)), encoding="utf-8")
+        config.write_text(json.dumps(GPT2_TINY if quick else GPT2_1_5B), encoding="utf-8")
         ranks = apart(start, [(str(config), rank, RANKS, f"{folder}/store") for rank in range(RANKS)])
     dense = ranks[0]["dense_bytes"]
     console = Console()

@@ -42,7 +42,12 @@ def write(out: Path | None, name: str, figures: Mapping[str, Any]) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}-{re.sub(r'[^A-Za-z0-9]+', '-', machine()).strip('-')}.json"
-    told = {"machine": machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    told = {
+        "machine": machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     path.write_text(json.dumps({**told, "load": load(), **figures}, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
 
