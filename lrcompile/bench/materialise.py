@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,14 +49,18 @@ def run(*, quick: bool = False, out: Path | None = None) -> None:
     dense = ranks[0]["dense_bytes"]
     console = Console()
     console.print(
-        f"GPT-2 of {dense / 4e9:.2f}B parameters, fp32, {ranks[0]['parameters'] / 1e9:.3f}B after adoption at rank d/4; {RANKS} ranks "
-        f"of {ranks[0]['threads']} threads on one machine, load {before} at the start",
+        f"GPT-2 of {dense / 4e9:.2f}B parameters, fp32, {ranks[0]['parameters'] / 1e9:.2f}B after adoption at rank d/4; "
+        f"{RANKS} ranks of {ranks[0]['threads']} threads on one machine, load {before} at the start",
         highlight=False,
     )
-    table = Table("figure", *(f"rank {rank}" for rank in range(RANKS)), title="materialise")
+    table = Table(
+        "figure",
+        *(f"rank {rank}" for rank in range(RANKS)),
+        title="materialise: seconds on the wall (CPU seconds), bytes",
+    )
     for part in PARTS:
-        table.add_row(f"{part}, seconds", *(f"{r['seconds'][part]:.1f}" for r in ranks))
-    table.add_row("together, seconds", *(f"{sum(r['seconds'].values()):.1f}" for r in ranks))
+        table.add_row(part, *(_told(r["wall"][part], r["cpu"][part]) for r in ranks))
+    table.add_row("together", *(_told(sum(r["wall"].values()), sum(r["cpu"].values())) for r in ranks))
     table.add_row("its shards", *(size(r["shard_bytes"]) for r in ranks))
     table.add_row("peak memory of the process", *(size(r["peak"]) for r in ranks))
     table.add_row("of that libraries, before the start", *(size(r["before"]) for r in ranks))
@@ -70,29 +74,25 @@ def start(config: str, rank: int, size: int, store: str) -> dict[str, Any]:
     """What one rank does, in a process of its own; seconds by part, bytes."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     before = peak_memory("cpu")
-    seconds: dict[str, float] = {}
-    with _clocked(seconds, "plan", building, "plan"), _clocked(seconds, "build", None, None):
+    clock = _Clock()
+    with clock.calls("plan", building, "plan"), clock.inside("build"):
         built = build(config, Recipe.pretrain(rank_ratio=0.25))
     dense_bytes = sum(p.numel() * 4 for p in building.load_source(config)[0].parameters())
     parameters = sum(p.numel() for p in built.model.parameters())
-    with _clocked(seconds, "shard", None, None):
+    with clock.inside("shard"):
         parallelise(built.model, built.blocks, over=mesh("cpu"))
     dist.barrier()
     with (
-        _clocked(seconds, "draw", built.values, "unit"),
-        _clocked(seconds, "decompose", materialising, "parameters"),
-        _clocked(seconds, "all", None, None),
+        clock.calls("draw", built.values, "unit"),
+        clock.calls("decompose", materialising, "parameters"),
+        clock.inside("all"),
     ):
         materialising.materialise(built, torch.device("cpu"))
         dist.barrier()
-    parts = {
-        **{part: seconds[part] for part in ("plan", "shard", "draw", "decompose")},
-        "build and adopt, all else": seconds["build"] - seconds["plan"],
-        "hand out and fill": seconds["all"] - seconds["draw"] - seconds["decompose"],  # and wait for the other rank
-    }
     held = [p.to_local() if isinstance(p, DTensor) else p for p in built.model.parameters()]
     found = {
-        "seconds": parts,
+        "wall": _parts(clock.wall),
+        "cpu": _parts(clock.cpu),
         "before": before,
         "peak": peak_memory("cpu"),
         "dense_bytes": dense_bytes,
@@ -105,29 +105,47 @@ def start(config: str, rank: int, size: int, store: str) -> dict[str, Any]:
     return found
 
 
-@contextmanager
-def _clocked(seconds: dict[str, float], part: str, where: Any, name: str | None) -> Iterator[None]:
-    """Add up the seconds of all calls of where.name made inside, or those of the inside itself."""
-    seconds[part] = 0.0
+def _parts(seconds: dict[str, float]) -> dict[str, float]:
+    """By PARTS; what is handed out is waited for too."""
+    rest = {
+        PARTS[1]: seconds["build"] - seconds["plan"],
+        PARTS[5]: seconds["all"] - seconds["draw"] - seconds["decompose"],
+    }
+    return {part: rest.get(part, seconds.get(part, 0.0)) for part in PARTS}
 
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **keywords: Any) -> Any:
-            begun = time.perf_counter()
-            try:
-                return function(*args, **keywords)
-            finally:
-                seconds[part] += time.perf_counter() - begun
 
-        return call
+def _told(wall: float, cpu: float) -> str:
+    return f"{wall:.1f} ({cpu:.1f})"
 
-    if name is None:
-        begun = time.perf_counter()
-        yield
-        seconds[part] = time.perf_counter() - begun
-        return
-    plain = getattr(where, name)
-    setattr(where, name, timed(plain))
-    try:
-        yield
-    finally:
-        setattr(where, name, plain)
+
+class _Clock:
+    """Seconds on the wall and of this process's processor time, by part."""
+
+    def __init__(self) -> None:
+        self.wall: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
+
+    @contextmanager
+    def inside(self, part: str) -> Iterator[None]:
+        """Add those of a with-block."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self.wall[part] = self.wall.get(part, 0.0) + time.perf_counter() - wall
+            self.cpu[part] = self.cpu.get(part, 0.0) + time.process_time() - cpu
+
+    @contextmanager
+    def calls(self, part: str, where: Any, name: str) -> Iterator[None]:
+        """Add those of each call of where.name that is made in a with-block."""
+        plain = getattr(where, name)
+
+        def timed(*args: Any, **keywords: Any) -> Any:
+            with self.inside(part):
+                return plain(*args, **keywords)
+
+        setattr(where, name, timed)
+        try:
+            yield
+        finally:
+            setattr(where, name, plain)

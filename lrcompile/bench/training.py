@@ -11,6 +11,7 @@ import gc
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -206,7 +207,7 @@ def _warmed(
             state = {name: _held(one) for name, (one, _) in contenders.items()}
             for name, (one, _) in contenders.items():
                 others = sum(held for other, held in state.items() if other != name)
-                peak = peak_of(lambda one=one: one.step(ids), device)  # type: ignore[misc]
+                peak = peak_of(partial(one.step, ids), device)
                 one.figures.peak_bytes = peak - others if peak else None
             return ids
         except torch.OutOfMemoryError:
