@@ -85,11 +85,13 @@ def apart(function: Callable[..., Any], each: list[tuple[Any, ...]], timeout: fl
                 raise LrcompileError(problem)
             found.append(value)
         return found
+    except LrcompileError:
+        for process, _ in running:
+            process.kill()  # the others may wait for it
+        raise
     finally:
         for process, here in running:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
+            process.join()
             here.close()
 
 
