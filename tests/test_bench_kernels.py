@@ -112,29 +112,57 @@ printf "%s\\n" "$*" >>"$LOG"
 """
 
 
+FIRST = {
+    "pytest": ("gpu-tests.txt", None),
+    "kernels": ("gpu-bench.txt", {"quick": False, "show": None, "minutes": 4.0, "target": "H100"}),
+}
+TRAIN = {
+    "step": ("gpu-step.txt", {"quick": False, "minutes": 0.5}),
+    "finetune": ("gpu-finetune.txt", {"quick": False}),
+}
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
-@pytest.mark.parametrize("fails", ["", "torch.cuda", "-m gpu", "bench kernels", "bench step"])
-def test_the_gpu_script_runs_all_there_is_and_fails_where_a_part_does(tmp_path: Path, root: Path, fails: str) -> None:
+@pytest.mark.parametrize(
+    ("more", "fails"),
+    [
+        ((), ""),
+        ((), "torch.cuda"),
+        ((), "-m gpu"),
+        ((), "bench kernels"),
+        (("train",), "bench step"),
+        (("train",), "bench finetune"),
+        (("wheels", "train"), ""),
+        (("", "train"), ""),
+    ],
+)
+def test_the_gpu_script_runs_all_there_is_and_fails_where_a_part_does(
+    tmp_path: Path, root: Path, more: tuple[str, ...], fails: str
+) -> None:
     (tmp_path / "python").write_text(STUB)
     (tmp_path / "python").chmod(0o755)
     log, out = tmp_path / "log", tmp_path / "out"
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), "FAILS": fails or "nothing"}
-    script = ["bash", str(root / "examples" / "gpu.sh"), str(out)]
+    script = ["bash", str(root / "examples" / "gpu.sh"), str(out), *more]
     done = subprocess.run(script, env=env, capture_output=True, text=True)
     assert (done.returncode == 0) == (not fails), done.stderr
     ran = log.read_text().splitlines()
+    installs = [line for line in ran if line.startswith("-m pip")]
+    assert len(installs) == 1 + ("wheels" in more)
+    ran = ran[len(installs) :]
+    assert "torch.cuda" in ran[0]
     if fails == "torch.cuda":
-        assert "no GPU" in done.stderr and len(ran) == 2
+        assert "no GPU" in done.stderr and len(ran) == 1
         return
-    assert [line.split()[1] for line in ran[2:]] == ["pytest", "lrcompile.cli", "lrcompile.cli"]
-    assert (root / ran[2].split()[-1]).is_dir()
-    assert {file.name for file in out.iterdir()} == {"gpu-tests.txt", "gpu-bench.txt", "gpu-step.txt"}
-    called: list[dict[str, object]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("kernels", "step"):
-            patch.setattr(f"lrcompile.bench.{name}.run", lambda **options: called.append(options))
-        for line in ran[3:]:
+    parts = TRAIN if "train" in more else FIRST
+    assert {file.name for file in out.iterdir()} == {file for file, _ in parts.values()}
+    assert len(ran) == 1 + len(parts)
+    for line, (name, (_, options)) in zip(ran[1:], parts.items(), strict=True):
+        if options is None:
+            assert line.split()[:2] == ["-m", name] and (root / line.split()[-1]).is_dir()
+            continue
+        called: list[dict[str, object]] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"lrcompile.bench.{name}.run", lambda called=called, **given: called.append(given))
             bench(line.split()[3:])
-    assert (
-        called[0] == {"quick": False, "out": out, "show": None, "minutes": 4.0, "target": "H100"} and len(called) == 2
-    )
+        assert called == [{**options, "out": out}]

@@ -2,8 +2,12 @@
 
 adopt    seconds to adopt a GPT-2 124M-shaped model at 2.64x
 plan     seconds and memory to plan Llama-2-7B from its config on the meta device
-step     step and compile time of an adopted model against the same low-rank model written by hand, under Inductor
+step     step and compile time of an adopted model against the same low-rank model written by hand, under Inductor; on a
+         GPU tokens/s, MFU and peak memory of GPT-2 1.5B and Llama 1B against dense torch.compile too
 memory   bytes to finetune Llama-2-7B, by the plan; activations that one block keeps, against peft's QLoRA
+driver   what the training driver costs over a bare loop of the same model, and how long it waits for data
+materialise  seconds and memory to start GPT-2 1.5B from its config on two ranks
+finetune  peak memory and speed of finetuning Llama 3 8B in NF4, against peft and bitsandbytes, on a GPU
 kernels  our kernels against the vendor's library and torch.compile, on a GPU; without one, what the cost model expects
 aot      what every shipped kernel configuration compiles to, for every GPU target; needs no GPU
 
@@ -19,7 +23,7 @@ from pathlib import Path
 
 from lrcompile.errors import LrcompileError
 
-NAMES = ("adopt", "plan", "step", "memory", "kernels", "aot")
+NAMES = ("adopt", "plan", "step", "memory", "driver", "materialise", "finetune", "kernels", "aot")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,8 +34,13 @@ def main(argv: Sequence[str]) -> None:
     for name in NAMES:
         own = names.add_parser(name)
         own.add_argument("--quick", action="store_true", help="a small part: checks that the measurement runs")
+        if name in ("driver", "materialise", "step", "finetune", "kernels"):
+            own.add_argument("--out", type=Path, metavar="DIR", help=f"write {name}-DEVICE.json there")
+        if name == "step":
+            own.add_argument(
+                "--minutes", type=float, default=1.5, help="of steps for each model on a GPU (default 1.5)"
+            )
         if name == "kernels":
-            own.add_argument("--out", type=Path, metavar="DIR", help="write kernels-DEVICE.json there")
             own.add_argument("--show", type=Path, metavar="FILE", help="print the table of a result file")
             own.add_argument("--minutes", type=float, default=7.0, help="stop measuring after so long (default 7)")
             own.add_argument(

@@ -1,7 +1,8 @@
 """Step and compile time of an adopted model compiled by lrcompile, against the same model written by hand under Inductor.
 
 Both hold the same numbers and compute the same loss; steps are taken in turns, so that a machine's moods hit both. On a
-GPU, where there is one, in bf16 and of GPT-2 124M's size.
+GPU, where there is one, in bf16 and of GPT-2 124M's size; and then GPT-2 1.5B and Llama 1B against the dense model
+(training.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +21,37 @@ from torch import nn
 
 import lrcompile
 from lrcompile.bench.models import GPT, HandPair, Shape
+from lrcompile.bench.results import write
+from lrcompile.bench.training import compare, told
+from lrcompile.errors import LrcompileError
 
 
-def run(*, quick: bool = False) -> None:
-    """Print both times of both, and the ratios ours / by hand."""
+def run(*, quick: bool = False, out: Path | None = None, minutes: float = 1.5) -> None:
+    """Print both times of both, and the ratios ours / by hand; on a GPU then the same against the dense model.
+
+    Args:
+        quick: small parts, on the CPU too; nothing that says how fast.
+        out: folder for step-MACHINE.json; None: print only.
+        minutes: of steps, for each model on a GPU; building and compiling come on top.
+
+    Raises:
+        LrcompileError: a model could not be measured; the others are, and stand in the file.
+    """
+    figures: dict[str, Any] = {"by_hand": _against_hand(quick)}
+    if torch.cuda.is_available() or quick:
+        found = compare(torch.device("cuda" if torch.cuda.is_available() else "cpu"), quick=quick, minutes=minutes)
+        figures["dense"] = told(found)
+    else:
+        found = []
+        print("GPT-2 1.5B and Llama 1B against the dense models: on a GPU")
+    write(out, "step", figures)
+    failed = [f"{case.name}: {case.error}" for case in found if case.error]
+    if failed:
+        raise LrcompileError("; ".join(failed))
+
+
+def _against_hand(quick: bool) -> dict[str, Any]:
+    """Against the low-rank model written by hand: the medians that were printed, in seconds."""
     torch.manual_seed(0)
     shape = Shape(4, 384, 6, 2048, 256) if not quick else Shape(1, 64, 2, 128, 32)
     rows, steps, compiles = (4, 15, 3) if not quick else (2, 3, 1)
@@ -65,11 +94,15 @@ def run(*, quick: bool = False) -> None:
         "figure", "lrcompile", "by hand", "ratio", title=f"step: low-rank GPT, {rows}x{shape.context} tokens, {where}"
     )
 
+    figures: dict[str, Any] = {"tokens": ids.numel(), "losses": losses}
     for label, times in (("step, ms", step_times), ("compile and first step, ms", compile_times)):
         a, b = (statistics.median(times[name]) for name in backends)
+        figures[label.removesuffix(", ms")] = {"lrcompile": a, "by hand": b}
         table.add_row(label, f"{a * 1e3:.1f}", f"{b * 1e3:.1f}", f"{a / b:.3f}")
     table.add_row("loss of the first step", *(f"{losses[name]:.6f}" for name in backends), "")
     Console().print(table)
+    torch.compiler.reset()
+    return figures
 
 
 def _copy(ours: nn.Module, hand: nn.Module) -> None:

@@ -29,7 +29,8 @@ class Start:
         weight_b: (out_features, rank), likewise.
         packed: the tensors of the quantised base by key; None without one.
         base: the dense base, in the weight's dtype; None without one.
-        error: ‖W - Ŵ‖ / ‖W‖ in the Frobenius norm, with Ŵ as the module computes it: base decoded, leaves rounded.
+        error: ‖W - Ŵ‖ / ‖W‖ in the Frobenius norm, with Ŵ as the module computes it: base decoded, leaves rounded; None
+            where it wasn't asked for.
         output_error: ‖(W - Ŵ) C^½‖ / ‖W C^½‖, where a covariance was given.
     """
 
@@ -37,7 +38,7 @@ class Start:
     weight_b: Float[Tensor, "out_features rank"] | None
     packed: Packed | None
     base: Float[Tensor, "out_features in_features"] | None
-    error: float
+    error: float | None
     output_error: float | None
 
 
@@ -54,6 +55,7 @@ def initialise(
     covariance: Tensor | None = None,
     svd: str = "auto",
     alternations: int = 5,
+    measured: bool = True,
     name: str = "weight",
 ) -> Start:
     """Compute what stands in the place of a weight.
@@ -73,6 +75,7 @@ def initialise(
         covariance: (in_features, in_features), Σ or mean of x xᵀ over inputs x; its scale has no meaning.
         svd: "full", "randomized" or "auto", see `factor.truncate` and `factor.method_for`.
         alternations: turns of "loftq".
+        measured: tell the errors, which takes a third of the time of a pair without a base.
         name: of the weight, for messages; also seeds "zero", so that every process draws the same.
 
     Raises:
@@ -83,7 +86,7 @@ def initialise(
             that overflow or vanish in their dtype.
     """
     _check(weight, rank, init, base, dense_base, scale, covariance, alternations, name)
-    task = _Task(weight, base, dense_base, scale, pair_dtype or weight.dtype, name)
+    task = _Task(weight, base, dense_base, scale, pair_dtype or weight.dtype, name, measured)
     inputs = None if covariance is None else inputs_of(covariance, weight, name)
     if rank is None:
         return task.start(None, task.hold(task.matrix), inputs)
@@ -159,10 +162,17 @@ class _Task:
     """One weight, and how what stands in its place is stored. Matrices are float64 in a unit, a power of two."""
 
     def __init__(
-        self, weight: Tensor, base: Format | None, dense_base: bool, scale: float, pair_dtype: torch.dtype, name: str
+        self,
+        weight: Tensor,
+        base: Format | None,
+        dense_base: bool,
+        scale: float,
+        pair_dtype: torch.dtype,
+        name: str,
+        measured: bool = True,
     ) -> None:
         self.weight, self.base, self.dense_base = weight.detach(), base, dense_base
-        self.scale, self.pair_dtype, self.name = scale, pair_dtype, name
+        self.scale, self.pair_dtype, self.name, self.measured = scale, pair_dtype, name, measured
         self.unit = unit_of(self.weight)
         self.matrix = self.weight.double() / self.unit
 
@@ -211,15 +221,18 @@ class _Task:
         return rest if leaves is None else rest - self.product(leaves)
 
     def start(self, leaves: _Leaves | None, held: _Held | None, inputs: Inputs | None) -> Start:
-        """Measured, and all together."""
-        rest = self.rest(leaves, held)
-        output = None if inputs is None else _ratio(energy_of(rest, inputs.c), energy_of(self.matrix, inputs.c))
+        """Measured where that is wanted, and all together."""
+        error = output = None
+        if self.measured:
+            rest = self.rest(leaves, held)
+            error = _ratio(float(rest.square().sum()), float(self.matrix.square().sum()))
+            output = None if inputs is None else _ratio(energy_of(rest, inputs.c), energy_of(self.matrix, inputs.c))
         return Start(
             None if leaves is None else leaves.a,
             None if leaves is None else leaves.b,
             None if held is None else held.packed,
             None if held is None else held.base,
-            _ratio(float(rest.square().sum()), float(self.matrix.square().sum())),
+            error,
             output,
         )
 

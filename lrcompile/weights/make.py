@@ -20,12 +20,15 @@ from lrcompile.weights.plan import Entry
 Maker = Callable[[nn.Parameter, Entry], tuple[dict[str, torch.Tensor], float | None]]
 
 
-def computed(recipe: Mapping[str, Any], covariances: Mapping[str, torch.Tensor] | None = None) -> Maker:
+def computed(
+    recipe: Mapping[str, Any], covariances: Mapping[str, torch.Tensor] | None = None, *, measured: bool = True
+) -> Maker:
     """Leaves computed from the weight; shapes only on the `meta` device.
 
     Args:
         recipe: `Recipe.to_dict()`, for how the singular values are found and how often LoftQ alternates.
         covariances: key of a weight -> Σ x xᵀ of its inputs, (in_features, in_features), for data-aware starts.
+        measured: tell the errors, which takes time.
     """
 
     def make(weight: nn.Parameter, entry: Entry) -> tuple[dict[str, torch.Tensor], float | None]:
@@ -46,6 +49,7 @@ def computed(recipe: Mapping[str, Any], covariances: Mapping[str, torch.Tensor] 
             covariance=(covariances or {}).get(entry.key),
             svd=str(recipe.get("svd", "auto")),
             alternations=int(recipe.get("alternations", 5)),
+            measured=measured,
             name=entry.key,
         )
         if form.factors:
