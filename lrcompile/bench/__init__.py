@@ -5,6 +5,7 @@ plan     seconds and memory to plan Llama-2-7B from its config on the meta devic
 step     step and compile time of an adopted model against the same low-rank model written by hand, under Inductor
 memory   bytes to finetune Llama-2-7B, by the plan; activations that one block keeps, against peft's QLoRA
 kernels  our kernels against the vendor's library and torch.compile, on a GPU; without one, what the cost model expects
+quality  held-out loss of dense and low-rank twins, trained on the same tokens: at equal tokens, FLOPs and seconds
 aot      what every shipped kernel configuration compiles to, for every GPU target; needs no GPU
 
 Times vary from run to run and machine to machine: what is compared is measured side by side, and given as a ratio.
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from lrcompile.errors import LrcompileError
 
-NAMES = ("adopt", "plan", "step", "memory", "kernels", "aot")
+NAMES = ("adopt", "plan", "step", "memory", "kernels", "quality", "aot")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,6 +31,12 @@ def main(argv: Sequence[str]) -> None:
     for name in NAMES:
         own = names.add_parser(name)
         own.add_argument("--quick", action="store_true", help="a small part: checks that the measurement runs")
+        if name == "quality":
+            own.add_argument(
+                "config", type=Path, metavar="CONFIG", help="which twins, as examples/configs/quality/*.toml"
+            )
+            own.add_argument("--out", type=Path, metavar="DIR", required=True, help="the runs, and what they came to")
+            own.add_argument("--data", metavar="DIR", help="directory of `lrcompile data`, instead of CONFIG's")
         if name == "kernels":
             own.add_argument("--out", type=Path, metavar="DIR", help="write kernels-DEVICE.json there")
             own.add_argument("--show", type=Path, metavar="FILE", help="print the table of a result file")

@@ -95,8 +95,7 @@ def plain_brown(tagged: str) -> str:
     for line in tagged.splitlines():
         if line.startswith("\t") or not paragraphs:
             paragraphs.append([])
-        words = [token.rpartition("/") for token in line.split()]
-        paragraphs[-1] += [word or "/" for word, _, tag in words if tag]
+        paragraphs[-1] += [token.rpartition("/")[0] or token for token in line.split()]
     return "\n".join(text for words in paragraphs if (text := _joined(words)))
 
 
