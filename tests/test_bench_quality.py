@@ -66,6 +66,7 @@ def steps_of(run: Path) -> list[int]:
     return [e["step"] for e in lines.entries(run / lines.NAME) if e["kind"] == "step"]
 
 
+@pytest.mark.slow
 def test_twins_are_trained_stopped_and_gone_on_with(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

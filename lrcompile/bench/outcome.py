@@ -121,62 +121,70 @@ def compression(variant: Variant) -> float | None:
     return float(built.plan.compression)
 
 
-def told(outcome: Outcome, dense: Outcome) -> dict[str, Any]:
-    """Everything as JSON holds it."""
+def told(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Everything as JSON holds it, a row a variant."""
+    dense = best_dense(outcomes)
+    return [_row(outcome, dense) for outcome in outcomes]
+
+
+def _row(outcome: Outcome, dense: Outcome) -> dict[str, Any]:
     row: dict[str, Any] = {
         "variant": outcome.variant.name,
         "like": outcome.variant.like,
         "budget": outcome.variant.budget or "tokens",
         "dense": outcome.variant.dense,
+        "reference": outcome is dense,
         "choice": outcome.choice,
         "tried": [{"choice": t.choice, "loss": t.loss if t.run else None} for t in outcome.tried],
         "at_edge": outcome.at_edge,
         "diverged": outcome.diverged,
-        "losses": outcome.losses,
+        "losses": {str(seed): loss for seed, loss in outcome.losses.items()},
     }
     if not outcome.runs:
         return row
-    row |= {f"{axis}": outcome.cost(axis) for axis in AXES}
+    row |= {axis: outcome.cost(axis) for axis in AXES}
     row |= {
         "steps": int(outcome.runs[0].step[-1]),
         "parameters": outcome.runs[0].facts["parameters"],
         "compression": compression(outcome.variant),
         "mean": statistics.fmean(outcome.losses.values()),
         "gaps": gaps(outcome, dense),
-        "curves": {seed_of(run): run.held_out.tolist() for run in outcome.runs},
+        "curves": {str(seed_of(run)): run.held_out.tolist() for run in outcome.runs},
         "device": outcome.runs[0].facts["device"],
     }
     return row
 
 
-def table(outcomes: Sequence[Outcome]) -> Table:
-    """A row a variant; those at equal tokens first."""
-    dense = best_dense(outcomes)
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """A row a variant; those at equal tokens first.
+
+    Args:
+        rows: what `told` gives.
+    """
+    dense = next(row for row in rows if row["reference"])
     shown = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False, header_style="bold")
     shown.caption = (
-        f"held-out loss at the end, nats a token; gap: above {dense.variant.name} of the same seed; mean ± standard deviation "
+        f"held-out loss at the end, nats a token; gap: above {dense['variant']} of the same seed; mean ± standard deviation "
         "over seeds. * the best of a grid's edge: a wider grid may find better"
     )
     heads = ("variant", "budget", "chosen", "seeds", "loss", "gap", "steps", "FLOPs", "s/step", "parameters", "linear")
     for head in heads:
         shown.add_column(head, justify="left" if head in heads[:3] else "right")
-    for outcome in outcomes:
-        row = told(outcome, dense)
-        chosen = label(outcome.choice).replace("optimizer.", "") + ("*" if row["at_edge"] else "")
-        if not outcome.runs:
-            shown.add_row(outcome.variant.name, row["budget"], "every choice diverged", *["–"] * 8)
+    for row in rows:
+        chosen = label(row["choice"]).replace("optimizer.", "") + ("*" if row["at_edge"] else "")
+        if not row["losses"]:
+            shown.add_row(row["variant"], row["budget"], "every choice diverged", *["–"] * 8)
             continue
-        seeds = f"{len(outcome.runs)}" + (f", {len(outcome.diverged)} diverged" if outcome.diverged else "")
         shown.add_row(
-            outcome.variant.name,
+            row["variant"],
             f"equal {row['budget']}",
             chosen,
-            seeds,
-            spread(list(outcome.losses.values())),
-            "" if outcome is dense else spread(row["gaps"], "+"),
+            f"{len(row['losses'])}" + (f", {len(row['diverged'])} diverged" if row["diverged"] else ""),
+            spread(list(row["losses"].values())),
+            "" if row is dense else spread(row["gaps"], "+"),
             f"{row['steps']:,}",
             count(row["flops"]),
-            f"{outcome.step('seconds'):.3f}",
+            f"{row['seconds'] / row['steps']:.3f}",
             count(row["parameters"]),
             f"{row['compression']:.2f}x" if row["compression"] else "dense",
         )
@@ -191,15 +199,12 @@ def spread(values: Sequence[float], sign: str = "") -> str:
     return f"{text} ± {statistics.stdev(values):.4f}" if len(values) > 1 else text
 
 
-def write(outcomes: Sequence[Outcome], out: Path, command: str) -> list[Path]:
+def write(outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]], out: Path, command: str) -> list[Path]:
     """quality.json, quality.md and quality.png in `out`."""
-    dense = best_dense(outcomes)
-    rows = {"command": command, "dense": dense.variant.name, "variants": [told(o, dense) for o in outcomes]}
-    text = f"{as_text(table(outcomes), 160)}\n"
-    page = f"```\n{text.rstrip()}\n```\n\nAgain: `{command}`\n\n![held-out losses](quality.png)\n"
+    text = as_text(table(rows), 160).rstrip()
     files = {
-        "quality.json": (json.dumps(rows, indent=1) + "\n").encode(),
-        "quality.md": page.encode(),
+        "quality.json": (json.dumps({"command": command, "variants": rows}, indent=1) + "\n").encode(),
+        "quality.md": f"```\n{text}\n```\n\nAgain: `{command}`\n\n![held-out losses](quality.png)\n".encode(),
         "quality.png": bands([_band(o) for o in outcomes if o.runs], AXES),
     }
     for name, content in files.items():

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from lrcompile.bench.outcome import Outcome, Tried, table, write
+from lrcompile.bench.outcome import Outcome, Tried, best_dense, table, told, write
 from lrcompile.bench.twins import Choice, Twins, Variant, label, read
 from lrcompile.errors import TrainError
 from lrcompile.show import show
@@ -43,8 +43,9 @@ def run(*, config: Path, out: Path, data: str | None = None, quick: bool = False
     words += ["--data", data] * (data is not None) + ["--quick"] * quick
     command = shlex.join(words)
     found = Comparison(read(config, data=data, quick=quick), out).go()
-    written = write(found, out, command)
-    show(table(found))
+    rows = told(found)
+    written = write(found, rows, out, command)
+    show(table(rows))
     print(f"wrote {', '.join(map(str, written))}\nagain: {command}")
 
 
@@ -71,11 +72,6 @@ class Comparison:
             self._longer(variant)
         return list(self.outcomes.values())
 
-    @property
-    def dense(self) -> Outcome:
-        """The best of the dense twins."""
-        return min((o for o in self.outcomes.values() if o.variant.dense), key=lambda o: o.mean)
-
     def _all_seeds(self, variant: Variant, outcome: Outcome, seeds: list[int]) -> None:
         if not outcome.runs:
             return  # every rate diverged
@@ -88,19 +84,19 @@ class Comparison:
 
     def _longer(self, variant: Variant) -> None:
         assert variant.like is not None and variant.budget is not None
-        like, dense = self.outcomes[variant.like], self.dense
+        like, dense = self.outcomes[variant.like], best_dense(list(self.outcomes.values()))
         outcome = self.outcomes[variant.name] = Outcome(variant, like.choice)
         if not (like.runs and dense.runs):
             return
         for seed in self.twins.seeds:
-            told = like.variant.chosen(like.choice)
+            run = like.variant.chosen(like.choice)
             # Once begun, a run keeps its steps: measured seconds are never twice the same.
             config = self._place(variant, like.choice, seed) / CONFIG
             if config.exists():
                 steps = load_resolved(config).steps
             else:
-                steps = round(told.steps * dense.cost(variant.budget) / like.cost(variant.budget))
-            done = self._train(variant, replace(told, steps=steps), like.choice, seed)
+                steps = round(run.steps * dense.cost(variant.budget) / like.cost(variant.budget))
+            done = self._train(variant, replace(run, steps=steps), like.choice, seed)
             if done is None:
                 outcome.diverged.append(seed)
             else:
@@ -109,21 +105,22 @@ class Comparison:
     def _place(self, variant: Variant, choice: Choice, seed: int) -> Path:
         return self.out / variant.name / label(choice) / f"seed{seed}"
 
-    def _train(self, variant: Variant, told: Run, choice: Choice, seed: int) -> History | None:
+    def _train(self, variant: Variant, run: Run, choice: Choice, seed: int) -> History | None:
         """One run to its end, from where it is; None where it diverged."""
         place = self._place(variant, choice, seed)
-        told = replace(told, seed=seed, out=str(place), save=replace(told.save, keep=1, merged=False))
+        run = replace(run, seed=seed, out=str(place), save=replace(run.save, keep=1, merged=False))
         if _ended(place) is None:
             print(f"{variant.name}, {label(choice)}, seed {seed}: {place}", file=sys.stderr)
-        _same(told, place)
+        _same(run, place)
         if _ended(place) is None:
             try:
-                train(told, resume=True)
+                train(run, resume=True)
             except TrainError:
                 if _ended(place) != "stopped":
                     raise
-            finally:  # each run compiles the same code for other weights: as many would be refused
-                torch.compiler.reset()
+            finally:
+                if run.parallel.compile:  # every run compiles the same code for other weights: so many would be refused
+                    torch.compiler.reset()
                 gc.collect()
         ended = _ended(place)
         if ended is None:

