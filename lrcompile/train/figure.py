@@ -101,7 +101,8 @@ def bands(models: Sequence[Band], axes: Sequence[str]) -> bytes:
                     x, band.losses.min(0), band.losses.max(0), color=style["color"], alpha=0.15, linewidth=0
                 )
                 place.plot(x[-1:], mean[-1:], color=style["color"], marker="o", markersize=5, markeredgecolor="white")
-            place.set(title=f"held-out loss by {axis}", xlabel=axis, ylim=(low - margin, high + margin))
+            label = {"flops": "FLOPs"}.get(axis, axis)
+            place.set(title=f"held-out loss by {label}", xlabel=_under(label), ylim=(low - margin, high + margin))
             _finish(place)
         places[0].set_ylabel("nats a token")
         handles = [place.lines[2 * i] for i in range(len(models))]
