@@ -9,6 +9,7 @@ driver   what the training driver costs over a bare loop of the same model, and 
 materialise  seconds and memory to start GPT-2 1.5B from its config on two ranks
 finetune  peak memory and speed of finetuning Llama 3 8B in NF4, against peft and bitsandbytes, on a GPU
 kernels  our kernels against the vendor's library and torch.compile, on a GPU; without one, what the cost model expects
+quality  held-out loss of dense and low-rank twins, trained on the same tokens: at equal tokens, FLOPs and seconds
 aot      what every shipped kernel configuration compiles to, for every GPU target; needs no GPU
 
 Times vary from run to run and machine to machine: what is compared is measured side by side, and given as a ratio.
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from lrcompile.errors import LrcompileError
 
-NAMES = ("adopt", "plan", "step", "memory", "driver", "materialise", "finetune", "kernels", "aot")
+NAMES = ("adopt", "plan", "step", "memory", "driver", "materialise", "finetune", "kernels", "quality", "aot")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,6 +41,12 @@ def main(argv: Sequence[str]) -> None:
             own.add_argument(
                 "--minutes", type=float, default=1.5, help="of steps for each model on a GPU (default 1.5)"
             )
+        if name == "quality":
+            own.add_argument(
+                "config", type=Path, metavar="CONFIG", help="which twins, as examples/configs/quality/*.toml"
+            )
+            own.add_argument("--out", type=Path, metavar="DIR", required=True, help="the runs, and what they came to")
+            own.add_argument("--data", metavar="DIR", help="directory of `lrcompile data`, instead of CONFIG's")
         if name == "kernels":
             own.add_argument("--show", type=Path, metavar="FILE", help="print the table of a result file")
             own.add_argument("--minutes", type=float, default=7.0, help="stop measuring after so long (default 7)")
@@ -52,5 +59,5 @@ def main(argv: Sequence[str]) -> None:
         import_module(f"lrcompile.bench.{name}").run(**arguments)
     except ImportError as error:
         raise LrcompileError(
-            f'{error}; install what it needs with pip install "lrcompile[hf,quant,examples]"'
+            f'{error}; install what it needs with pip install "lrcompile[hf,train,quant,examples]"'
         ) from error

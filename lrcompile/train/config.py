@@ -144,20 +144,38 @@ def read_file(path: str | os.PathLike[str], start: Run) -> Run:
     Raises:
         TrainError: the file can't be read, has an unknown key, or a value of a wrong type or out of range.
     """
+    return changed(start, parse(Path(path)), str(path))
+
+
+def changed(start: Run, given: Mapping[str, Any], where: str) -> Run:
+    """Settings with tables of changes laid over them.
+
+    Args:
+        start: what is changed.
+        given: as a config file has them: {"steps": 100, "optimizer": {"lr": 1e-3}}.
+        where: they come from, for messages.
+
+    Raises:
+        TrainError: an unknown key, a value of a wrong type or out of range.
+    """
     pydantic = _library("pydantic")
-    given = _parse(Path(path))
     merged = _merge(asdict(start), given)
     try:
         # Through JSON, whose lists pydantic takes for tuples while it stays strict about everything else.
         run: Run = pydantic.TypeAdapter(Run).validate_json(json.dumps(merged, default=str), strict=True)
     except pydantic.ValidationError as error:
-        raise TrainError(f"{path}: " + "; ".join(_wrong(e) for e in error.errors())) from error
+        raise TrainError(f"{where}: " + "; ".join(_wrong(e) for e in error.errors())) from error
     except TrainError as error:
-        raise TrainError(f"{path}: {error}") from error
+        raise TrainError(f"{where}: {error}") from error
     return run
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def parse(path: Path) -> dict[str, Any]:
+    """A TOML, YAML or JSON file's tables.
+
+    Raises:
+        TrainError: it can't be read or parsed, or its name ends otherwise.
+    """
     if path.suffix not in SUFFIXES:
         raise TrainError(f"{path} is no config: its name must end in {', '.join(SUFFIXES)}")
     try:
@@ -341,9 +359,11 @@ __all__ = [
     "Run",
     "Save",
     "Schedule",
+    "changed",
     "differences",
     "fingerprint",
     "load_resolved",
+    "parse",
     "read",
     "read_file",
     "save_resolved",

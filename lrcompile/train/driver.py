@@ -174,6 +174,7 @@ class _Run:
             chosen.name,
             lr=chosen.lr,
             factor_lr=chosen.factor_lr,
+            matrix_lr=chosen.matrix_lr,
             betas=chosen.betas,
             eps=chosen.eps,
             weight_decay=chosen.weight_decay,

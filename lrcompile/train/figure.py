@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,16 +52,7 @@ def png(runs: Sequence[History]) -> bytes:
     Raises:
         MissingLibraryError: matplotlib isn't installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingLibraryError("the picture needs matplotlib: pip install 'lrcompile[train]'") from error
-    with matplotlib.rc_context(_STYLE):
-        figure: Any = Figure(figsize=(13.5, 7.4), layout="constrained")
-        FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    with _picture(13.5, 7.4) as (figure, out):
         axes = figure.subplots(2, 3, sharey=False)
         for place, (axis, label) in zip(
             axes[0], (("step", "steps"), ("tokens", "tokens"), ("seconds", "seconds")), strict=True
@@ -70,9 +63,70 @@ def png(runs: Sequence[History]) -> bytes:
         _curves(axes[1][1], runs, "lr", "learning rate")
         _curves(axes[1][2], runs, "tokens_per_s", "tokens/s")
         _legend(figure, runs)
-        out = io.BytesIO()
-        figure.savefig(out, format="png", dpi=130)
     return out.getvalue()
+
+
+@dataclass(frozen=True)
+class Band:
+    """Held-out losses of one model over several seeds.
+
+    Attributes:
+        name: in the legend.
+        places: axis -> (m,) where the evaluations lie on it.
+        losses: (seeds, m).
+    """
+
+    name: str
+    places: Mapping[str, np.ndarray]
+    losses: np.ndarray
+
+
+def bands(models: Sequence[Band], axes: Sequence[str]) -> bytes:
+    """Held-out losses against each axis: the mean over seeds, and all of them as a band.
+
+    Raises:
+        MissingLibraryError: matplotlib isn't installed.
+    """
+    with _picture(4.5 * len(axes), 4.2) as (figure, out):
+        later = [band.losses[:, band.losses.shape[1] // 4 :] for band in models]
+        low, high = min(x.min() for x in later), max(x.max() for x in later)
+        margin = 0.08 * (high - low) or 0.1
+        places = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
+        for place, axis in zip(places, axes, strict=True):
+            for i, band in enumerate(models):
+                style = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _dash(i)}
+                x, mean = band.places[axis], band.losses.mean(0)
+                place.plot(x, mean, linewidth=1.6, **style)
+                place.fill_between(
+                    x, band.losses.min(0), band.losses.max(0), color=style["color"], alpha=0.15, linewidth=0
+                )
+                place.plot(x[-1:], mean[-1:], color=style["color"], marker="o", markersize=5, markeredgecolor="white")
+            label = {"flops": "FLOPs"}.get(axis, axis)
+            place.set(title=f"held-out loss by {label}", xlabel=_under(label), ylim=(low - margin, high + margin))
+            _finish(place)
+        places[0].set_ylabel("nats a token")
+        handles = [place.lines[2 * i] for i in range(len(models))]
+        names = [band.name.replace("$", r"\$") for band in models]
+        figure.legend(handles, names, loc="outside upper left", ncols=min(6, len(names)), frameon=False, fontsize=9.5)
+    return out.getvalue()
+
+
+@contextmanager
+def _picture(width: float, height: float) -> Iterator[tuple[Any, io.BytesIO]]:
+    """An empty figure, in inches, and where it is saved to once it is drawn."""
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingLibraryError("the picture needs matplotlib: pip install 'lrcompile[train]'") from error
+    out = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure: Any = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+        yield figure, out
+        figure.savefig(out, format="png", dpi=130)
 
 
 def _under(label: str) -> str:

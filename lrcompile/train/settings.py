@@ -114,6 +114,8 @@ class Optimizer(Strict):
     """Learning rate at the schedule's top."""
     factor_lr: float | None = None
     """That of the pairs; None: lr, and 0.02 for spectron, whose rate is the spectral norm that a step may change a product by."""
+    matrix_lr: float | None = None
+    """That of the dense matrices which muon moves; None: lr."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Of AdamW's running means."""
     eps: float = 1e-8
@@ -129,6 +131,8 @@ class Optimizer(Strict):
         _need(_positive(self.lr), "optimizer.lr", self.lr, "must be above 0, as 3e-4")
         factor_lr = self.factor_lr is None or _positive(self.factor_lr)
         _need(factor_lr, "optimizer.factor_lr", self.factor_lr, "must be above 0; leave it out for lr")
+        matrix_lr = self.matrix_lr is None or (_positive(self.matrix_lr) and self.name == "muon")
+        _need(matrix_lr, "optimizer.matrix_lr", self.matrix_lr, "is muon's, and must be above 0; leave it out for lr")
         shares = all(0 <= beta < 1 for beta in self.betas)
         _need(shares, "optimizer.betas", self.betas, "must both be at least 0 and below 1, as [0.9, 0.95]")
         _need(_positive(self.eps), "optimizer.eps", self.eps, "must be above 0")

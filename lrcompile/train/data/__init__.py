@@ -5,7 +5,7 @@
     for batch in Prefetch(sampler.rows(step, 0, 64) for step in range(1000)): ...
 
 tokens       what turns text into tokens, and how a changed one is noticed
-sources      text, JSONL, parquet and datasets as rows
+sources      text, JSONL, parquet and datasets as rows; packages: texts that packages carry, rdata: R's among them
 documents    a row's prompt, completion and text; which part is held out
 prepare      rows to shards, in many processes, resumable; write: how a shard reaches the disk
 shards       prepared data, mapped

