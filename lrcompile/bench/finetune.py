@@ -36,7 +36,7 @@ from lrcompile.words import size
 
 RANK, TARGET = 8, 8.65e9  # bytes aimed at
 CHUNK = 256  # tokens whose logits are held at once
-SECONDS = 170.0  # until a contender is given up
+SECONDS = 120.0  # until a contender is given up
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ def run(*, quick: bool = False, out: Path | None = None) -> None:
             rows += apart(measure, [(job,)], timeout=SECONDS)
         except LrcompileError as error:
             rows.append(Row(job.name, error=str(error)))
+        # After each: a command that is stopped leaves what it has.
+        write(out, "finetune", {"rank": RANK, "target": TARGET, "rows": [asdict(row) for row in rows]})
     table = Table(
         "contender",
         "peak memory",
@@ -127,7 +129,6 @@ def run(*, quick: bool = False, out: Path | None = None) -> None:
     for row in rows:
         if row.error:
             console.print(f"{row.name} was not measured: {row.error}", highlight=False, markup=False)
-    write(out, "finetune", {"rank": RANK, "target": TARGET, "rows": [asdict(row) for row in rows]})
     failed = [f"{row.name}: {row.error}" for row in rows if row.error]
     if failed:
         raise LrcompileError("; ".join(failed))

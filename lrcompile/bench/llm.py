@@ -133,11 +133,6 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def allocated(device: torch.device) -> int:
-    """Bytes of tensors on a CUDA device; 0 on others, which don't tell."""
-    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
-
-
 def peak_of(call: Callable[[], Any], device: torch.device) -> int:
     """The most bytes of tensors on a CUDA device during a call; 0 on others."""
     if device.type != "cuda":

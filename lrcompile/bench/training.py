@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,6 @@ from lrcompile.bench.llm import (
     GPT2_TINY,
     LLAMA_1B,
     LLAMA_TINY,
-    allocated,
     built,
     filled,
     peak_of,
@@ -104,14 +104,13 @@ class Compared:
     error: str = ""
 
 
-def compare(device: torch.device, *, quick: bool = False, minutes: float = 1.5) -> list[Compared]:
-    """Measure every case and print a table of each.
+def compare(device: torch.device, *, quick: bool = False, minutes: float = 1.5) -> Iterator[Compared]:
+    """Measure case after case, and print a table of each.
 
     Args:
         quick: tiny models, not compiled by Inductor: that the measurement runs.
         minutes: of steps, for each case.
     """
-    found = []
     for case in TINY if quick else CASES:
         result = Compared(case.name, case.rows, case.length, case.recompute)
         try:
@@ -119,12 +118,11 @@ def compare(device: torch.device, *, quick: bool = False, minutes: float = 1.5) 
         except Exception as error:  # told, and the next case has its turn
             result.error = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         show(result)
-        found.append(result)
+        yield result
         gc.collect()
         torch.compiler.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return found
 
 
 class _Trained:
@@ -166,15 +164,12 @@ class _Trained:
 
 def _measure(case: Case, result: Compared, device: torch.device, quick: bool, seconds: float) -> None:
     torch.manual_seed(0)
-    contenders: dict[str, tuple[_Trained, int]] = {}
-    for name, recipe in (("dense", None), ("ours", Recipe.pretrain(**case.recipe))):
-        others = allocated(device)
-        contenders[name] = (_Trained(case, recipe, device, quick), others)
-    ours, dense = contenders["ours"][0], contenders["dense"][0]
+    dense = _Trained(case, None, device, quick)
+    ours = _Trained(case, Recipe.pretrain(**case.recipe), device, quick)
     assert ours.plan is not None
     result.linear, result.whole = ours.plan.compression, dense.figures.parameters / ours.figures.parameters
     result.dense, result.ours = dense.figures, ours.figures
-    ids = _warmed(case, result, contenders, device)
+    ids = _warmed(case, result, (dense, ours), device)
     until = time.monotonic() + seconds
     turns = 3 if quick else MOST
     for turn in range(turns):
@@ -192,29 +187,24 @@ def _measure(case: Case, result: Compared, device: torch.device, quick: bool, se
     result.speed = statistics.median(a / b for a, b in zip(dense.figures.seconds, ours.figures.seconds, strict=True))
 
 
-def _warmed(
-    case: Case, result: Compared, contenders: dict[str, tuple[_Trained, int]], device: torch.device
-) -> torch.Tensor:
+def _warmed(case: Case, result: Compared, pair: tuple[_Trained, _Trained], device: torch.device) -> torch.Tensor:
     """Compile, fill the optimizers' states, and take the peaks; with fewer rows where memory runs out. The tokens."""
-    result.rows = case.rows
     while True:
         ids = torch.randint(0, case.config["vocab_size"], (result.rows, case.length), device=device)
         try:
-            for one, _ in contenders.values():
+            for one in pair:
                 one.figures.cold = one.timed(ids)
                 for _ in range(WARM - 1):
                     one.step(ids)
-            state = {name: _held(one) for name, (one, _) in contenders.items()}
-            for name, (one, _) in contenders.items():
-                others = sum(held for other, held in state.items() if other != name)
+            for one, other in (pair, pair[::-1]):
                 peak = peak_of(partial(one.step, ids), device)
-                one.figures.peak_bytes = peak - others if peak else None
+                one.figures.peak_bytes = peak - _held(other) if peak else None
             return ids
         except torch.OutOfMemoryError:
             if result.rows == 1:
                 raise
             result.rows //= 2
-        for one, _ in contenders.values():
+        for one in pair:
             one.model.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
@@ -257,8 +247,3 @@ def show(result: Compared) -> None:
     table.add_row("first step, seconds", f"{dense.cold:.1f}", f"{ours.cold:.1f}", "")
     table.add_row("steps, activations recomputed", f"{len(dense.seconds)}, {result.recompute}", "", "")
     console.print(table)
-
-
-def told(results: list[Compared]) -> list[dict[str, Any]]:
-    """For the file of results."""
-    return [asdict(result) for result in results]
