@@ -14,7 +14,7 @@ from torch import nn
 from lrcompile.errors import TrainError
 from lrcompile.recipe import CALIBRATED, Recipe
 from lrcompile.sources import load_source
-from lrcompile.train.language import blocks, example
+from lrcompile.train.language import blocks, check_decoder, check_length, example
 from lrcompile.train.values import Drawn, Held, Values, parameters_on_meta
 from lrcompile.weights.adopt import adopt
 from lrcompile.weights.plan import Plan
@@ -59,7 +59,8 @@ def build(
         seed: of drawn values; and set before module:factory is called.
 
     Raises:
-        TrainError: a recipe that looks at data.
+        TrainError: a recipe that looks at data, an encoder-decoder, a model with too few positions for `length`, or a factory's
+            model without values.
     """
     if recipe is not None and recipe.start in CALIBRATED:
         raise TrainError(
@@ -68,9 +69,16 @@ def build(
         )
     torch.manual_seed(seed)
     dense, _ = load_source(source)
+    check_decoder(dense)
+    check_length(dense, length)
     _settle(dense, dtype, attention)
     names = blocks(dense)
     drawn = any(p.is_meta for p in dense.parameters())
+    if drawn and not Path(source).is_file():
+        raise TrainError(
+            f"{source} gives a model on the meta device, and nothing tells its values: return it with values, on the CPU (only a "
+            "transformers config.json is drawn from the seed)"
+        )
     the_plan = None if recipe is None else plan(dense, example(dense, length), recipe)
     if drawn:
         model = _with_buffers(Path(source), dtype, attention)

@@ -25,9 +25,9 @@ from lrcompile.train.committed import committed, read_manifest
 from lrcompile.train.config import differences, load_resolved, save_resolved
 from lrcompile.train.data import Batch, Prefetch, Sampler, Shards
 from lrcompile.train.data.tokens import saved_tokenizer
-from lrcompile.train.evaluate import continued, held_out_loss, summed_loss
+from lrcompile.train.evaluate import continued, held_out_loss, sees, summed_loss
 from lrcompile.train.finish import export
-from lrcompile.train.language import IGNORED, keeps_documents_apart, logits_of
+from lrcompile.train.language import IGNORED, logits_of
 from lrcompile.train.log import RunLog
 from lrcompile.train.materialise import allocate, materialise
 from lrcompile.train.measure import flops_per_token
@@ -145,7 +145,11 @@ class _Run:
         self.model = self.built.model
         _check_vocabulary(self.model, self.shards)
         self.twin = copy.deepcopy(self.model)
-        self.flops = flops_per_token(self.model, run.data.length)
+        try:
+            self.flops: tuple[float | None, float | None] = flops_per_token(self.model, run.data.length)
+            self.unmeasured = ""
+        except TrainError as error:  # it goes another way with other numbers
+            self.flops, self.unmeasured = (None, None), f"FLOPs and MFU are not told: {error}"
 
     def _start(self, checkpoint: Path | None) -> None:
         """Shard the model, and give it and the optimizers their first values, or a checkpoint's."""
@@ -162,12 +166,13 @@ class _Run:
             backend=None if not run.parallel.compile else "inductor" if self.built.plan is None else "lrcompile",
             options=None if self.built.plan is None else {"kernels": run.parallel.kernels},
             compute=precision if cast else None,
-            reduce=getattr(torch, run.parallel.reduce) if cast else None,
+            reduce=getattr(torch, run.parallel.reduce),
         )
         if checkpoint is None:
             materialise(self.built, world.device)
         else:
             allocate(self.model, world.device)
+        del self.built.values  # a whole dense model, where the source has one
         chosen = run.optimizer
         self.optimizers = optimizers(
             self.model,
@@ -187,6 +192,12 @@ class _Run:
         if checkpoint is not None:
             self._load(checkpoint)
         self.model.train()
+        future, self.mixes = sees(self.model, world.device)
+        if future:
+            raise alike(
+                f"{type(self.twin).__name__} sees the tokens that it is to predict: attention isn't causal, as in models like "
+                "BERT, or a mask is missing"
+            )
 
     def _load(self, checkpoint: Path) -> None:
         with torch.no_grad():  # so that the steps of zero length meet numbers
@@ -277,6 +288,9 @@ class _Run:
             # FSDP takes the mean over the ranks, and the loss is one over the targets of all of them.
             (loss * (world.size / max(targets, 1))).backward()
             summed += loss.detach()
+        for p in self.trained:  # what this step had no use for is moved as if it had, on any number of ranks
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         norm = nn.utils.clip_grad_norm_(self.trained, run.clip or float("inf"), foreach=True)
         whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
         total, asked = world.total(float(summed), self.signals.asked is not None)
@@ -365,7 +379,7 @@ class _Run:
             tokens = tokenizer.encode([prompt])[0].tolist()
             new = continued(
                 self.model,
-                tokens,
+                tokens or [tokenizer.end],
                 run.evaluate.new_tokens,
                 length=run.data.length,
                 end=tokenizer.end,
@@ -403,9 +417,11 @@ class _Run:
             flops_per_token=self.flops[0],
             dense_flops_per_token=self.flops[1],
         )
-        if not keeps_documents_apart(self.model) and self.shards.documents > 1:
+        if self.unmeasured:
+            self.log.event(self.unmeasured)
+        if self.mixes and self.shards.documents > 1:
             self.log.event(
-                f"{type(self.twin).__name__} takes no position_ids: documents that share a row see one another's tokens"
+                f"{type(self.twin).__name__} doesn't go by position_ids: documents that share a row see one another's tokens"
             )
 
 
@@ -431,8 +447,8 @@ def _older(checkpoint: Path) -> str:
 def _check_vocabulary(model: nn.Module, shards: Shards) -> None:
     """Raise TrainError where the data has tokens that the model has no embedding for."""
     find = getattr(model, "get_input_embeddings", None)
-    embedding: Any = find() if find else next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
-    rows = getattr(embedding, "num_embeddings", None)
+    tables: list[Any] = [find()] if find else [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    rows = max((t.num_embeddings for t in tables if hasattr(t, "num_embeddings")), default=None)
     if rows is not None and shards.vocab_size > rows:
         raise TrainError(
             f"{shards.path} has a vocabulary of {shards.vocab_size} tokens, and the model {rows}: set vocab_size in its config, "

@@ -20,7 +20,7 @@ from lrcompile.graph.names import parameter_names
 from lrcompile.kernels import launch
 from lrcompile.show import plan_table
 from lrcompile.sources import example_inputs, load_source, token_count
-from lrcompile.train.language import layers
+from lrcompile.train.language import check_decoder, check_length, layers
 from lrcompile.train.measure import Measured, flops_per_token, measure
 from lrcompile.train.settings import Run
 from lrcompile.weights.adopt import adopt
@@ -118,7 +118,7 @@ class Report:
         states = f"{run.optimizer.name}, of what is trained"
         for name, held, told in (
             ("weights", self.weights, f"{run.model.dtype}, frozen ones as stored"),
-            ("gradients", self.gradients, "of what is trained"),
+            ("gradients", self.gradients, self._summed()),
             ("optimizer", self.optimizer, states),
             ("weights in use", self.gathered, f"in {run.parallel.precision}, gathered or cast"),
             ("activations", self.activations, self._kept()),
@@ -147,6 +147,9 @@ class Report:
             return "can't be told"
         outside = size(self.measured.saved_outside)
         return f"kept for backward; {outside} by logits, loss and embedding; checkpoint: {self.run.parallel.checkpoint}"
+
+    def _summed(self) -> str:
+        return "of what is trained" + (", whole while accumulated" if self.ranks > 1 and self.accumulate > 1 else "")
 
     def _expected(self) -> str:
         if self.device is None:
@@ -178,6 +181,7 @@ def dry_run(run: Run, world_size: int = 1, *, target: str | None = None) -> Repo
         else None
     )
     model, inputs = on_meta(run.model.source, getattr(torch, run.model.dtype), run.model.attention)
+    check_decoder(model)
     check_length(model, run.data.length)
     dense = sum(p.numel() for p in model.parameters())
     the_plan = None if recipe is None else plan(model, inputs, recipe)
@@ -206,7 +210,7 @@ def dry_run(run: Run, world_size: int = 1, *, target: str | None = None) -> Repo
         parameters=(dense, after),
         trained=sum(p.numel() for p in trained),
         weights=sum(_local(p, shard) * p.element_size() for p in model.parameters()),
-        gradients=sum(_local(p, shard) * p.element_size() for p in trained),
+        gradients=_gradients(trained, run, world_size, shard, accumulate),
         optimizer=sum(optimizer_bytes(model, run.optimizer.name, shard).values()),
         gathered=_gathered(model, shard, precision),
         measured=found,
@@ -261,16 +265,15 @@ def _of_gguf(path: Path) -> tuple[nn.Module, Any]:
     return model, example_inputs(model)
 
 
-def check_length(model: nn.Module, length: int) -> None:
-    """Raise TrainError where a transformers model has fewer positions than the sequences have tokens."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit:
-        raise TrainError(
-            f"data.length={length}: the model has {limit} positions; shorten the sequences, or give it more"
-        )
-
-
 # --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def _gradients(trained: list[nn.Parameter], run: Run, ranks: int, shard: int, accumulate: int) -> int:
+    """The shards'; and where several micro-batches are summed before the ranks are, whole ones, in the dtype of that sum."""
+    whole = 0
+    if ranks > 1 and accumulate > 1:
+        whole = sum(p.numel() for p in trained) * getattr(torch, run.parallel.reduce).itemsize
+    return whole + sum(_local(p, shard) * p.element_size() for p in trained)
 
 
 def _local(p: torch.Tensor, shard: int) -> int:
@@ -348,4 +351,4 @@ def _seconds(report: Report, found: Measured, device: cost.Device, precision: to
     return report.accumulate * micro + passed / (device.bandwidth * cost.MEMORY_REACH)
 
 
-__all__ = ["Report", "check_length", "dry_run", "flops_per_token", "on_meta", "optimizer_bytes"]
+__all__ = ["Report", "dry_run", "flops_per_token", "on_meta", "optimizer_bytes"]

@@ -70,6 +70,29 @@ def continued(
     return seen[len(tokens) :]
 
 
+def sees(model: nn.Module, device: torch.device) -> tuple[bool, bool]:
+    """Whether predictions of a model depend on later tokens of the row, and on earlier documents in it. Collective.
+
+    Six tokens, two documents of three: the last token is changed, then the first, and what changes elsewhere is looked at.
+    """
+    tokens = torch.tensor([0, 1, 0, 1, 0, 1], device=device)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+    with _evaluating(model), torch.compiler.set_stance("force_eager"):
+
+        def logits(changed: int | None) -> torch.Tensor:
+            row = tokens.clone()
+            if changed is not None:
+                row[changed] ^= 1
+            return logits_of(model, row[None], positions)[0]
+
+        plain, last, first = logits(None), logits(5), logits(0)
+    # Where tokens are sorted by expert, those of other tokens change what kernels round.
+    rounding = min(16 * torch.finfo(plain.dtype).eps, 0.01) * plain.abs().max()
+    future = (last - plain)[:5].abs().max()
+    others = (first - plain)[3:].abs().max()
+    return bool(future > rounding), bool(others > rounding)
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     was = model.training

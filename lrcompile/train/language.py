@@ -16,21 +16,46 @@ IGNORED = -100  # a target that is not predicted, as torch's cross_entropy has i
 
 def blocks(model: nn.Module) -> list[str]:
     """Names of a model's layers: the members, those that hold parameters, of its outermost ModuleLists; a model without any
-    is one piece."""
+    is one piece. Of a member that is a list itself, and so never called, its members."""
     found: list[str] = []
     lists: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists.append(name)
-            found += [
-                f"{name}.{key}" for key, child in module.named_children() if any(True for _ in child.parameters())
-            ]
+            found += _members(name, module)
+    return found
+
+
+def _members(name: str, module: nn.Module) -> list[str]:
+    found: list[str] = []
+    for key, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            found += _members(f"{name}.{key}", child)
+        elif any(True for _ in child.parameters()):
+            found.append(f"{name}.{key}")
     return found
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
     """The modules of `blocks`, each once."""
     return list(dict.fromkeys(model.get_submodule(name) for name in blocks(model)))
+
+
+def check_decoder(model: nn.Module) -> None:
+    """Raise TrainError for a transformers model with an encoder: its loss is no next token's."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TrainError(
+            f"{type(model).__name__} has an encoder and a decoder; what is trained here is a decoder alone, on the next token"
+        )
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Raise TrainError where a transformers model has fewer positions than the sequences have tokens."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and length > limit:
+        raise TrainError(
+            f"data.length={length}: the model has {limit} positions; shorten the sequences, or give it more"
+        )
 
 
 def example(model: nn.Module, length: int) -> Any:
@@ -45,8 +70,8 @@ def inputs(model: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> A
 
     Args:
         tokens: int64 (rows, length).
-        positions: int64 (rows, length), from 0 in every document: models of transformers keep attention inside a document
-            by them.
+        positions: int64 (rows, length), from 0 in every document: most models of transformers keep attention inside a
+            document by them (`evaluate.sees` finds out).
     """
     accepted = _accepted(model)
     if "position_ids" not in accepted:
@@ -78,11 +103,6 @@ def logits_in(model: nn.Module, output: Any) -> torch.Tensor:
     raise TrainError(
         f"{type(model).__name__} returns {type(output).__name__}; a language model returns (rows, length, vocabulary) logits"
     )
-
-
-def keeps_documents_apart(model: nn.Module) -> bool:
-    """Whether attention stays inside a document where several share a row."""
-    return "position_ids" in _accepted(model)
 
 
 def _accepted(model: nn.Module) -> set[str]:

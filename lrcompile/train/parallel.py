@@ -68,6 +68,9 @@ def parallelise(
         backend, options: for torch.compile; None leaves the blocks eager.
         compute: dtype of the parameters in a step (mixed precision); None: their own. Integers stay as they are.
         reduce: dtype that gradients are summed in over the ranks; None: `compute`.
+
+    Raises:
+        TrainError: an unknown `recompute`; a block trains parameters of two dtypes.
     """
     if recompute not in RECOMPUTE:
         raise TrainError(f"parallel.checkpoint={recompute!r} is not known; choose from {', '.join(RECOMPUTE)}")
@@ -83,10 +86,26 @@ def parallelise(
             layer.forward = forward
     if over is None:
         return
+    _check_dtypes(model, layers)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
     for layer in dict.fromkeys(layers):
         fully_shard(layer, mesh=over, mp_policy=policy)
     fully_shard(model, mesh=over, mp_policy=policy)
+    # A rank may leave out parameters that others use, as experts that are modules: all must sum the same.
+    model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
+
+
+def _check_dtypes(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Raise TrainError where FSDP would be asked to sum gradients of two dtypes at once."""
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    around = [p for p in model.parameters() if id(p) not in inside]
+    for unit in [around, *(list(layer.parameters()) for layer in layers)]:
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in unit if p.requires_grad})
+        if len(dtypes) > 1:
+            raise TrainError(
+                f"{' and '.join(dtypes)} parameters are trained side by side, and FSDP sums gradients of one dtype: set "
+                "model.dtype and recipe.pair_dtype to the same, or train the pairs alone (recipe.trainable = [])"
+            )
 
 
 def _recomputed(forward: Callable[..., Any], kind: str) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ class Model(Strict):
     """A transformers config.json (weights are drawn from the seed), a transformers directory or GGUF file (its weights), or
     module:factory, a callable that returns (model, example_inputs)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters that are trained and of the optimizer's copies; `parallel.precision` is what products are computed in."""
+    """Of the parameters that are trained and of AdamW's means; `parallel.precision` is what products are computed in."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Which of transformers' attentions: PyTorch's fused one, or plain products."""
 

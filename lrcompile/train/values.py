@@ -57,6 +57,9 @@ class Drawn:
         model: of transformers, on the `meta` device, its buffers real; it is left as it is.
         blocks: names of its blocks.
         seed: of the run.
+
+    Raises:
+        TrainError: a parameter that the model's rules leave without a value.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[str], seed: int) -> None:
@@ -67,7 +70,7 @@ class Drawn:
 
     def unit(self, name: str | None) -> dict[str, nn.Parameter]:
         wanted = _parameters(self.model, name, self.blocks)
-        real = {id(p): nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad) for p in wanted.values()}
+        real = {id(p): nn.Parameter(_unset(p), p.requires_grad) for p in wanted.values()}
         root = self.model if name is None else self.model.get_submodule(name)
         # A copy whose other parameters stay the model's own, on meta: initialising those too costs nothing.
         others: dict[int, Any] = {id(p): p for p in self.model.parameters()}
@@ -76,10 +79,22 @@ class Drawn:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(_seed(self.seed, name or ""))
             _initialise(twin, _governor(self.model, name))
+        undrawn = [key for key, p in wanted.items() if p.is_floating_point() and real[id(p)].isnan().any()]
+        if undrawn:
+            raise TrainError(
+                f"no rule of {type(self.model).__name__} draws {', '.join(undrawn[:5])}: save a model that has values "
+                "(save_pretrained), and name its directory as model.source"
+            )
         return {key: real[id(p)] for key, p in wanted.items()}
 
     def buffers(self) -> dict[str, torch.Tensor]:
         return dict(self.model.named_buffers())
+
+
+def _unset(p: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU that shows where nothing is written."""
+    made = torch.empty_like(p, device="cpu")
+    return made.fill_(float("nan")) if made.is_floating_point() else made
 
 
 def _parameters(model: nn.Module, unit: str | None, blocks: Sequence[str]) -> dict[str, nn.Parameter]:

@@ -47,10 +47,19 @@ class World:
 
 @contextmanager
 def joined(*, alone: bool) -> Iterator[World]:
-    """Join the ranks that torchrun started. One process on its own has a process group too, unless `alone`."""
+    """Join the ranks that torchrun started. One process on its own has a process group too, unless `alone`.
+
+    Raises:
+        TrainError: there are more ranks than GPUs; another rank is gone.
+    """
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= there:
+            raise TrainError(
+                f"rank {local} of this machine has no GPU, of which there are {there}: start as many ranks"
+            )
+        torch.cuda.set_device(local)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:

@@ -78,6 +78,58 @@ def wider() -> Any:
     return _made(model)
 
 
+class _Sparse(nn.Module):
+    """Of three experts, the first row's first token chooses the first or the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.1 * self.experts[int(x[0, 0, 0] > 0)](x)
+
+
+def experts() -> Any:
+    """Ranks use different parameters, and one nobody does."""
+    model = Tiny()
+    model.blocks.append(_Sparse())
+    return _made(model)
+
+
+class _Lists(Tiny):
+    """Its layers are lists of two modules, as in many a single-file model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleList([Block(0.0), nn.Linear(WIDTH, WIDTH)]) for _ in range(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for block, more in self.blocks:  # type: ignore[misc]
+            x = x + 0.1 * more(block(x))
+        return self.head(x)
+
+
+def lists() -> Any:
+    return _made(_Lists())
+
+
+class _Unmasked(Tiny):
+    """A token sees those after it."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids.flip(1)).flip(1)
+
+
+def unmasked() -> Any:
+    return _made(_Unmasked())
+
+
+def empty() -> Any:
+    """A model without values."""
+    return _made(Tiny().to("meta"))
+
+
 BAD = ord("~")  # a token that breaks the models below
 
 
