@@ -26,9 +26,10 @@ from lrcompile.errors import TrainError
 from lrcompile.show import show
 from lrcompile.train import history, lines
 from lrcompile.train.config import load_resolved, settings
-from lrcompile.train.driver import CHECKPOINTS, CONFIG, train
+from lrcompile.train.driver import train
 from lrcompile.train.history import History
 from lrcompile.train.settings import Run
+from lrcompile.train.start import CHECKPOINTS, CONFIG
 
 _FREE = ("out", "log", "save", "parallel.compile", "parallel.kernels")  # what may change while a comparison goes on
 

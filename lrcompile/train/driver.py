@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
-import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lrcompile.errors import TrainError
-from lrcompile.train.agree import Ranks, alike
-from lrcompile.train.build import build
-from lrcompile.train.checkpoint import Checkpoints
-from lrcompile.train.committed import committed, read_manifest
-from lrcompile.train.config import differences, load_resolved, save_resolved
-from lrcompile.train.data import Batch, Prefetch, Sampler, Shards
+from lrcompile.train.agree import alike
+from lrcompile.train.config import save_resolved
+from lrcompile.train.data import Batch, Prefetch
 from lrcompile.train.data.tokens import saved_tokenizer
-from lrcompile.train.evaluate import continued, held_out_loss, sees, summed_loss
+from lrcompile.train.evaluate import continued, held_out_loss, summed_loss
 from lrcompile.train.finish import export
 from lrcompile.train.language import IGNORED, logits_of
 from lrcompile.train.log import RunLog
-from lrcompile.train.materialise import allocate, materialise
-from lrcompile.train.measure import flops_per_token
 from lrcompile.train.meter import Meter, peak_flops
-from lrcompile.train.optimizers import optimizers, schedule
-from lrcompile.train.parallel import mesh, parallelise
 from lrcompile.train.settings import Run
-from lrcompile.train.state import prime, tensors_of
+from lrcompile.train.start import CONFIG, Started
 from lrcompile.train.world import Signals, World, joined
-
-CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 
 
 def train(run: Run, *, resume: bool = False) -> None:
@@ -66,24 +53,12 @@ class _Step:
     tokens: int
 
 
-class _Run:
+class _Run(Started):
     """A run from its start, or from its last checkpoint, to its end."""
 
     def __init__(self, run: Run, world: World, stack: ExitStack, resume: bool) -> None:
-        self.run, self.world, self.out = run, world, Path(run.out)
-        ranks = Ranks()
-        stack.callback(ranks.close)
-        self.ranks = ranks
-        ranks.agreed("the run can't start", lambda: self._claim(resume))
-        *_, self.rows, self.micro_batches = run.layout(world.size)
-        ranks.agreed("the data can't be read", self._read)
-        ranks.agreed("the model can't be built", self._build)
-        self.checkpoints = Checkpoints(self.out / CHECKPOINTS, keep=run.save.keep, asynchronous=run.save.asynchronous)
-        stack.enter_context(_closing(self.checkpoints))
-        self.done, self.tokens, self.stop = 0, 0, False
-        # Rank 0 looks, for all: another machine may see the directory later.
-        latest = ranks.gather(self.checkpoints.latest() if resume else None)[0]
-        self._start(latest)
+        super().__init__(run, world, stack, resume)
+        self.stop = False
         self.log = stack.enter_context(
             RunLog(
                 self.out,
@@ -96,143 +71,8 @@ class _Run:
             )
         )
         self.signals = stack.enter_context(Signals())
-        if resume and latest is None:
+        if resume and self.resumed is None:
             self.log.event(f"nothing to resume in {self.out}: this is the start")
-
-    # --- the start ----------------------------------------------------------------------------------------------------
-
-    def _claim(self, resume: bool) -> None:
-        """Make the run's directory its own, or see that it holds this run."""
-        self.run.layout(self.world.size)
-        config, kept = self.out / CONFIG, committed(self.out / CHECKPOINTS)
-        if not resume and (config.exists() or kept):
-            raise TrainError(f"{self.out} holds a run: --resume goes on with it, another --out starts a new one")
-        if resume and config.exists():
-            changed = differences(load_resolved(config), self.run)
-            if changed:
-                raise TrainError(
-                    f"{config} is of another run: {'; '.join(changed)}. Set it back, or start a new run with another --out"
-                )
-        elif kept:
-            raise TrainError(f"{self.out} has checkpoints, and {CONFIG} is gone, which tells of what run: put it back")
-        if self.world.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-
-    def _read(self) -> None:
-        run = self.run
-        # One rank reads every token, the others look at sizes.
-        verify = "checksums" if self.world.rank == 0 else "sizes"
-        shape: dict[str, int] = {"length": run.data.length, "batch": run.batch, "seed": run.seed}
-        self.shards = Shards.open(run.data.train, verify=verify)
-        self.sampler = Sampler(self.shards, **shape)  # type: ignore[arg-type]
-        self.held_out: Sampler | None = None
-        if run.data.validation is not None:
-            held_out = Shards.open(run.data.validation, verify=verify)
-            if held_out.tokenizer["fingerprint"] != self.shards.tokenizer["fingerprint"]:
-                raise TrainError(f"{run.data.validation} was prepared with another tokenizer than {run.data.train}")
-            self.held_out = Sampler(held_out, **shape)  # type: ignore[arg-type]
-
-    def _build(self) -> None:
-        run = self.run
-        self.built = build(
-            run.model.source,
-            run.recipe.make(),
-            dtype=getattr(torch, run.model.dtype),
-            attention=run.model.attention,
-            length=run.data.length,
-            seed=run.seed,
-        )
-        self.model = self.built.model
-        _check_vocabulary(self.model, self.shards)
-        self.twin = copy.deepcopy(self.model)
-        try:
-            self.flops: tuple[float | None, float | None] = flops_per_token(self.model, run.data.length)
-            self.unmeasured = ""
-        except TrainError as error:  # it goes another way with other numbers
-            self.flops, self.unmeasured = (None, None), f"FLOPs and MFU are not told: {error}"
-
-    def _start(self, checkpoint: Path | None) -> None:
-        """Shard the model, and give it and the optimizers their first values, or a checkpoint's."""
-        run, world = self.run, self.world
-        # FSDP warns of logits that are a view; the loss writes nothing into them.
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-        precision = getattr(torch, run.parallel.precision)
-        cast = precision != getattr(torch, run.model.dtype)
-        parallelise(
-            self.model,
-            self.built.blocks,
-            over=mesh(world.device.type, run.parallel.shard, run.parallel.replicate, always=cast),
-            recompute=run.parallel.checkpoint,
-            backend=None if not run.parallel.compile else "inductor" if self.built.plan is None else "lrcompile",
-            options=None if self.built.plan is None else {"kernels": run.parallel.kernels},
-            compute=precision if cast else None,
-            reduce=getattr(torch, run.parallel.reduce),
-        )
-        if checkpoint is None:
-            materialise(self.built, world.device)
-        else:
-            allocate(self.model, world.device)
-        del self.built.values  # a whole dense model, where the source has one
-        chosen = run.optimizer
-        self.optimizers = optimizers(
-            self.model,
-            chosen.name,
-            lr=chosen.lr,
-            factor_lr=chosen.factor_lr,
-            matrix_lr=chosen.matrix_lr,
-            betas=chosen.betas,
-            eps=chosen.eps,
-            weight_decay=chosen.weight_decay,
-            product_decay=chosen.product_decay,
-            momentum=chosen.momentum,
-        )
-        shape = run.schedule
-        self.rate = schedule(shape.name, steps=run.steps, warmup=shape.warmup, final=shape.final, decay=shape.decay)
-        self.trained = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
-        if checkpoint is not None:
-            self._load(checkpoint)
-        self.model.train()
-        future, self.mixes = sees(self.model, world.device)
-        if future:
-            raise alike(
-                f"{type(self.twin).__name__} sees the tokens that it is to predict: attention isn't causal, as in models like "
-                "BERT, or a mask is missing"
-            )
-
-    def _load(self, checkpoint: Path) -> None:
-        with torch.no_grad():  # so that the steps of zero length meet numbers
-            for p in self.model.parameters():
-                p.zero_()
-        prime(self.optimizers)
-        try:
-            self.ranks.agreed("the run can't go on", lambda: self._check(checkpoint))
-            told = self.checkpoints.load(checkpoint, self._tensors())
-        except TrainError as error:
-            raise alike(f"{error}{_older(checkpoint)}") from error
-        self.done, self.tokens = told["step"], told["tokens"]
-
-    def _check(self, checkpoint: Path) -> None:
-        """See that a checkpoint is of this data, this model, and as many ranks where that matters."""
-        told = read_manifest(checkpoint)["told"]
-        self.sampler.check(told["data"])
-        if told["states"] not in (None, self._states()):
-            copies, ranks = told["states"]
-            raise TrainError(
-                f"{checkpoint} has states of {self.run.optimizer.name}, quantised a shard at a time, of parallel.replicate="
-                f"{copies} and parallel.shard={ranks}: go on with these, on {copies * ranks} rank{'s'[: copies * ranks > 1]}"
-            )
-        plan = None if self.built.plan is None else self.built.plan.to_json()
-        if told["plan"] != plan:
-            raise TrainError(f"{checkpoint} is of a model with another Plan than {self.run.model.source} has now")
-
-    def _states(self) -> list[int] | None:
-        """How the optimizer's states are bound to the ranks, if they are: those in 8 bits."""
-        return list(self.run.layout(self.world.size)[:2]) if self.run.optimizer.name == "adamw8bit" else None
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return tensors_of(self.model, self.optimizers, self.world.rank, self.world.size)
-
-    # --- the loop -----------------------------------------------------------------------------------------------------
 
     def go(self) -> None:
         """Train to the last step, evaluate, save and export."""
@@ -350,12 +190,12 @@ class _Run:
     def _save(self) -> None:
         self.checkpoints.save(
             self.done,
-            self._tensors(),
+            self.tensors(),
             {
                 "step": self.done,
                 "tokens": self.tokens,
                 "data": self.sampler.state(),
-                "states": self._states(),
+                "states": self.states(),
                 "plan": None if self.built.plan is None else self.built.plan.to_json(),
             },
         )
@@ -423,37 +263,6 @@ class _Run:
             self.log.event(
                 f"{type(self.twin).__name__} doesn't go by position_ids: documents that share a row see one another's tokens"
             )
-
-
-@contextmanager
-def _closing(checkpoints: Checkpoints) -> Iterator[None]:
-    """Close them in the end. After an error a save that fails as well is not what is told."""
-    try:
-        yield
-    except BaseException:
-        with suppress(TrainError):
-            checkpoints.close()
-        raise
-    checkpoints.close()
-
-
-def _older(checkpoint: Path) -> str:
-    """What to do about a checkpoint that can't be loaded, where there is one before it."""
-    kept = list(committed(checkpoint.parent).values())
-    older = kept[: kept.index(checkpoint)] if checkpoint in kept else []
-    return f". To go on from {older[-1]} instead, move {checkpoint} away" if older else ""
-
-
-def _check_vocabulary(model: nn.Module, shards: Shards) -> None:
-    """Raise TrainError where the data has tokens that the model has no embedding for."""
-    find = getattr(model, "get_input_embeddings", None)
-    tables: list[Any] = [find()] if find else [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    rows = max((t.num_embeddings for t in tables if hasattr(t, "num_embeddings")), default=None)
-    if rows is not None and shards.vocab_size > rows:
-        raise TrainError(
-            f"{shards.path} has a vocabulary of {shards.vocab_size} tokens, and the model {rows}: set vocab_size in its config, "
-            "or prepare the data with the model's tokenizer"
-        )
 
 
 def _seed(seed: int, step: int, rank: int) -> int:
