@@ -134,7 +134,7 @@ def measure(
         with counter, watch, watch.on(model):
             try:
                 args = args_of(inputs(model, tokens, torch.zeros_like(tokens)))
-                logits = logits_in(model, functional_call(model, fakes, *args, tie_weights=True))
+                logits = logits_in(model, functional_call(model, fakes, *args, tie_weights=False))
                 if targets:
                     loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
                     del loss
@@ -149,12 +149,20 @@ def measure(
 
 
 def _fakes(model: nn.Module, precision: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """A tensor in the place of every parameter and buffer, one for all that are the same.
+
+    Each place has one name here: functional_call leaves what it is given in a module that is given to it by two.
+    """
+    made: dict[int, torch.Tensor] = {}
     fakes: dict[str, torch.Tensor] = {}
-    for name, p in model.named_parameters():
-        dtype = precision if precision is not None and p.is_floating_point() else p.dtype
-        fakes[name] = torch.empty(p.shape, dtype=dtype).requires_grad_(p.requires_grad)
-    for name, b in model.named_buffers():
-        fakes[name] = torch.empty(b.shape, dtype=b.dtype)
+    for owner, module in model.named_modules():
+        for name, t in (*module._parameters.items(), *module._buffers.items()):
+            if t is None:
+                continue
+            if id(t) not in made:
+                cast = precision is not None and isinstance(t, nn.Parameter) and t.is_floating_point()
+                made[id(t)] = torch.empty(t.shape, dtype=precision if cast else t.dtype).requires_grad_(t.requires_grad)
+            fakes[f"{owner}.{name}" if owner else name] = made[id(t)]
     return fakes
 
 

@@ -59,6 +59,8 @@ def parallelise(
 ) -> None:
     """Recompute, compile and shard a model's blocks, in place, and shard what is left around them.
 
+    A block that shares a parameter with another, or with what is around, isn't gathered by itself: it goes with the rest.
+
     Args:
         model: adopted, on `meta` or not.
         blocks: names of the layers.
@@ -86,13 +88,24 @@ def parallelise(
             layer.forward = forward
     if over is None:
         return
+    layers = _apart(model, blocks)
     _check_dtypes(model, layers)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
-    for layer in dict.fromkeys(layers):
+    for layer in layers:
         fully_shard(layer, mesh=over, mp_policy=policy)
     fully_shard(model, mesh=over, mp_policy=policy)
     # A rank may leave out parameters that others use, as experts that are modules: all must sum the same.
     model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
+
+
+def _apart(model: nn.Module, blocks: Sequence[str]) -> list[nn.Module]:
+    """The blocks, each once, whose parameters nothing else has."""
+    layers = {name: model.get_submodule(name) for name in blocks}
+    owners: dict[int, set[nn.Module | None]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owner = next((layer for block, layer in layers.items() if name.startswith(f"{block}.")), None)
+        owners.setdefault(id(p), set()).add(owner)
+    return [x for x in dict.fromkeys(layers.values()) if all(len(owners[id(p)]) == 1 for p in x.parameters())]
 
 
 def _check_dtypes(model: nn.Module, layers: Sequence[nn.Module]) -> None:

@@ -114,6 +114,15 @@ def lists() -> Any:
     return _made(_Lists())
 
 
+def shared() -> Any:
+    """Two of its blocks share a module, and one a weight with what is around."""
+    model = Tiny()
+    model.blocks.append(Block(0.0))
+    model.blocks[1].mix = model.blocks[0].mix
+    model.blocks[2].mix.weight = model.around = nn.Parameter(model.blocks[2].mix.weight.detach())
+    return _made(model)
+
+
 class _Unmasked(Tiny):
     """A token sees those after it."""
 

@@ -23,9 +23,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("model", ["experts", "lists"])
+@pytest.mark.parametrize("model", ["experts", "lists", "shared"])
 def test_unusual_models_train_and_go_on(model: str, data: Path, tmp_path: Path) -> None:
-    """On two ranks: experts that one rank uses and the other doesn't, and one that is never used; layers that are lists."""
+    """On two ranks: experts of which each uses others, and one that nobody uses; layers that are lists; layers that share."""
     usual: dict[str, Any] = {"model": {"source": f"inside:{model}"}, "recipe": {"dense": True}}
     usual["schedule"] = {"name": "constant", "warmup": 2}
     whole = finished(settings(data, tmp_path / "whole", **usual), ranks=2)
