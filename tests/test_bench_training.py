@@ -115,6 +115,32 @@ def test_steps_are_compared(
     assert "wrong was not measured" in said and "tokens/s" in said
 
 
+class Hungry:
+    """A contender that has memory for one row."""
+
+    def __init__(self) -> None:
+        self.model, self.optimizers, self.figures = torch.nn.Linear(2, 2), [], training.Figures(6)
+        self.rows: list[int] = []
+
+    def step(self, ids: torch.Tensor) -> None:
+        self.rows.append(len(ids))
+        if len(ids) > 1:
+            raise torch.OutOfMemoryError
+
+    def timed(self, ids: torch.Tensor) -> float:
+        self.step(ids)
+        return 1.0
+
+
+def test_rows_are_halved_where_memory_runs_out() -> None:
+    case = replace(training.TINY[0], rows=4)
+    result = training.Compared(case.name, case.rows, case.length, case.recompute)
+    pair: Any = (Hungry(), Hungry())
+    ids = training._warmed(case, result, pair, torch.device("cpu"))
+    assert result.rows == 1 and ids.shape == (1, case.length)
+    assert pair[0].rows[:2] == [4, 2] and set(pair[0].rows[2:]) == set(pair[1].rows) == {1}
+
+
 # --- finetuning -------------------------------------------------------------------------------------------------------
 
 

@@ -96,6 +96,7 @@ def apart(function: Callable[..., Any], each: list[tuple[Any, ...]], timeout: fl
 
 
 def _answer(there: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    answer: tuple[Any, str | None]
     try:
         answer = function(*arguments), None
     except Exception as error:
