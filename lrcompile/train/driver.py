@@ -122,7 +122,8 @@ class _Run(Started):
         summed = torch.zeros((), device=world.device)
         for i, batch in enumerate(batches):
             if isinstance(self.model, FSDPModule):
-                self.model.set_requires_gradient_sync(i == len(batches) - 1)
+                # Shards are summed after every micro-batch, so that nobody holds whole gradients; copies of them once.
+                self.model.set_requires_all_reduce(i == len(batches) - 1)
             there = batch.to(world.device)
             loss = summed_loss(logits_of(self.model, there.tokens, there.positions), there.targets)
             # FSDP takes the mean over the ranks, and the loss is one over the targets of all of them.

@@ -118,7 +118,7 @@ class Report:
         states = f"{run.optimizer.name}, of what is trained"
         for name, held, told in (
             ("weights", self.weights, f"{run.model.dtype}, frozen ones as stored"),
-            ("gradients", self.gradients, self._summed()),
+            ("gradients", self.gradients, "of what is trained"),
             ("optimizer", self.optimizer, states),
             ("weights in use", self.gathered, f"in {run.parallel.precision}, gathered or cast"),
             ("activations", self.activations, self._kept()),
@@ -147,9 +147,6 @@ class Report:
             return "can't be told"
         outside = size(self.measured.saved_outside)
         return f"kept for backward; {outside} by logits, loss and embedding; checkpoint: {self.run.parallel.checkpoint}"
-
-    def _summed(self) -> str:
-        return "of what is trained" + (", whole while accumulated" if self.ranks > 1 and self.accumulate > 1 else "")
 
     def _expected(self) -> str:
         if self.device is None:
@@ -210,7 +207,7 @@ def dry_run(run: Run, world_size: int = 1, *, target: str | None = None) -> Repo
         parameters=(dense, after),
         trained=sum(p.numel() for p in trained),
         weights=sum(_local(p, shard) * p.element_size() for p in model.parameters()),
-        gradients=_gradients(trained, run, world_size, shard, accumulate),
+        gradients=sum(_local(p, shard) * p.element_size() for p in trained),
         optimizer=sum(optimizer_bytes(model, run.optimizer.name, shard).values()),
         gathered=_gathered(model, shard, precision),
         measured=found,
@@ -266,14 +263,6 @@ def _of_gguf(path: Path) -> tuple[nn.Module, Any]:
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
-
-
-def _gradients(trained: list[nn.Parameter], run: Run, ranks: int, shard: int, accumulate: int) -> int:
-    """The shards'; and where several micro-batches are summed before the ranks are, whole ones, in the dtype of that sum."""
-    whole = 0
-    if ranks > 1 and accumulate > 1:
-        whole = sum(p.numel() for p in trained) * getattr(torch, run.parallel.reduce).itemsize
-    return whole + sum(_local(p, shard) * p.element_size() for p in trained)
 
 
 def _local(p: torch.Tensor, shard: int) -> int:
