@@ -9,20 +9,36 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 
 from lrcompile.train.data import Sampler
 from lrcompile.train.language import IGNORED, logits_of
 from lrcompile.train.world import World
 
 
+PART = 2**24  # logits whose loss is taken at once: 64 MiB in float32
+
+
 def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of the targets, in nats, summed, in float32.
+
+    Many logits are taken a part at a time, and again in backward, so that float32 copies of all never stand side by side.
 
     Args:
         logits: (rows, length, vocabulary).
         targets: int64 (rows, length), -100 where nothing is predicted.
     """
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    flat, wanted = logits.flatten(0, 1), targets.flatten()
+    rows = max(1, PART // flat.shape[1])
+    if len(flat) <= rows or logits.dtype == torch.float32:
+        return _summed(flat, wanted)
+    parts = zip(flat.split(rows), wanted.split(rows), strict=True)
+    losses = [checkpoint(_summed, part, some, use_reentrant=False) for part, some in parts]
+    return torch.stack(losses).sum()
+
+
+def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
 
 
 def held_out_loss(
