@@ -15,7 +15,6 @@ from lrcompile.train.data import Sampler
 from lrcompile.train.language import IGNORED, logits_of
 from lrcompile.train.world import World
 
-
 PART = 2**24  # logits whose loss is taken at once: 64 MiB in float32
 
 
