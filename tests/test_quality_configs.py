@@ -26,7 +26,9 @@ def test_its_twins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {v.dense for v in twins.variants} == {True, False}
     dense, pairs = ([v for v in twins.variants if v.dense is side and v.like is None] for side in (True, False))
     for optimizer in {v.run.optimizer.name for v in dense}:
-        rates = {tuple(map(str, v.grid)) for v in (*dense, *pairs) if v.run.optimizer.name == optimizer}
+        rates = {
+            tuple(tuple(c.values()) for c in v.grid) for v in (*dense, *pairs) if v.run.optimizer.name == optimizer
+        }
         assert len(rates) == 1, f"{optimizer} has another grid for the dense twin than for the pairs"
     for run in {v.run.recipe: v.run for v in pairs}.values():
         built = build(run.model.source, run.recipe.make(), length=run.data.length)
