@@ -116,7 +116,7 @@ class Comparison:
         _same(run, place)
         if _ended(place) is None:
             try:
-                train(run, resume=True)
+                train(run, resume=(place / CONFIG).exists())
             except TrainError:
                 if _ended(place) != "stopped":
                     raise
