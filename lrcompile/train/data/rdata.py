@@ -52,31 +52,31 @@ class _Reader:
         self.data, self.place = data, 2
         if data[:2] != b"X\n":
             raise ValueError("not in R's binary serialisation")
-        version, _, _ = self.int(), self.int(), self.int()
+        version, _, _ = self.number(), self.number(), self.number()
         if version not in (2, 3):
             raise ValueError(f"version {version} of R's serialisation; 2 and 3 are known")
         if version == 3:
-            self.bytes(self.int())  # the name of the native encoding
+            self.take(self.number())  # the name of the native encoding
 
     def strings(self) -> list[str]:
-        if (kind := self.int() & 0xFF) != _STRSXP:
+        if (kind := self.number() & 0xFF) != _STRSXP:
             raise ValueError(f"R type {kind}, not a vector of strings")
-        return [self.string() for _ in range(self.int())]
+        return [self.string() for _ in range(self.number())]
 
     def string(self) -> str:
-        flags, length = self.int(), self.int()
+        flags, length = self.number(), self.number()
         if flags & 0xFF != _CHARSXP:
             raise ValueError(f"R type {flags & 0xFF} where a string belongs")
         if length == -1:
             raise ValueError("a string that is NA")
-        return self.bytes(length).decode("latin-1" if flags >> 12 & _LATIN1 else "utf-8")
+        return self.take(length).decode("latin-1" if flags >> 12 & _LATIN1 else "utf-8")
 
-    def int(self) -> int:
+    def number(self) -> int:
         (value,) = struct.unpack_from(">i", self.data, self.place)
         self.place += 4
         return int(value)
 
-    def bytes(self, length: int) -> bytes:
+    def take(self, length: int) -> bytes:
         part = self.data[self.place : self.place + length]
         if length < 0 or len(part) < length:
             raise ValueError("the object ends too early")
