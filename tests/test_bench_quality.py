@@ -121,7 +121,7 @@ def test_twins_are_trained_stopped_and_gone_on_with(
     assert (out / "quality.png").read_bytes()[:4] == b"\x89PNG"
     assert not list(out.glob("*/*/*/checkpoints"))
     page = (out / "quality.md").read_text()
-    assert f"lrcompile bench quality {config} --out {out}" in page and "pairs-longer" in page and "equal flops" in page
+    assert f"lrcompile bench quality {config} --out {out}" in page and "pairs-longer" in page and "equal FLOPs" in page
 
     begun.clear()
     bench(["quality", str(config), "--out", str(out)])

@@ -24,6 +24,7 @@ from lrcompile.train.history import History
 from lrcompile.words import count
 
 AXES = ("tokens", "flops", "seconds")
+_NAMES = {"flops": "FLOPs"}
 
 
 @dataclass
@@ -169,7 +170,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     )
     heads = ("variant", "budget", "chosen", "seeds", "loss", "gap", "steps", "FLOPs", "s/step", "parameters", "linear")
     for head in heads:
-        shown.add_column(head, justify="left" if head in heads[:3] else "right")
+        shown.add_column(head, justify="left" if head in heads[:3] else "right", overflow="fold")
     for row in rows:
         chosen = label(row["choice"]).replace("optimizer.", "") + ("*" if row["at_edge"] else "")
         if not row["losses"]:
@@ -177,7 +178,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
             continue
         shown.add_row(
             row["variant"],
-            f"equal {row['budget']}",
+            f"equal {_NAMES.get(row['budget'], row['budget'])}",
             chosen,
             f"{len(row['losses'])}" + (f", {len(row['diverged'])} diverged" if row["diverged"] else ""),
             spread(list(row["losses"].values())),

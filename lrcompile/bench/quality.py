@@ -41,8 +41,8 @@ def run(*, config: Path, out: Path, data: str | None = None, quick: bool = False
         TrainError: the file makes no comparison, OUT holds another one, or a signal stopped it.
     """
     words = ["lrcompile", "bench", "quality", str(config), "--out", str(out)]
-    words += [] if data is None else ["--data", data]
-    words += ["--quick"] * quick
+    words += ["--data", data] if data is not None else []
+    words += ["--quick"] if quick else []
     command = shlex.join(words)
     found = Comparison(read(config, data=data, quick=quick), out).go()
     rows = told(found)
