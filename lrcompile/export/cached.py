@@ -116,9 +116,7 @@ def _attend(
     if asked or not isinstance(key, _Started):
         what = f"wants {', '.join(asked)}" if asked else "changes its keys after they are cached"
         raise ExportError(f"the attention of {type(module).__name__} {what}: ExecuTorch's custom_sdpa can't do that")
-    out = torch.ops.llama.custom_sdpa(
-        query.transpose(1, 2), key.keys, value, key.start, None, 0.0, True, scaling
-    )
+    out = torch.ops.llama.custom_sdpa(query.transpose(1, 2), key.keys, value, key.start, None, 0.0, True, scaling)
     return out, None
 
 
@@ -148,7 +146,9 @@ def _attention(model: Any) -> Iterator[None]:
 def _refuse(model: Any, config: Any, max_length: int) -> None:
     kind = type(model).__name__
     if not getattr(model, "_supports_attention_backend", False):
-        raise ExportError(f"the attention of {kind} is not by transformers' interface: its keys can't be cached in a file")
+        raise ExportError(
+            f"the attention of {kind} is not by transformers' interface: its keys can't be cached in a file"
+        )
     limit = getattr(config, "max_position_embeddings", None) or max_length
     if not 2 <= max_length <= limit:
         raise ExportError(f"--max-length {max_length}: {kind} has positions for 2 to {limit} tokens")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from lrcompile.errors import ExportError, MissingLibraryError
 from lrcompile.export.budget import too_large, weigh
@@ -65,7 +66,7 @@ def export_executorch(
 
     meta = _metadata(model, form, max_length)
     with torch.no_grad():
-        unfold(model.float().eval(), multiple=GROUP if form == "8da4w" else 1)
+        unfold(nn.Module.float(model).eval(), multiple=GROUP if form == "8da4w" else 1)
         pairs = sum(isinstance(module, Pair) for module in model.modules())
         expected = weigh(model, form).total
         if max_bytes is not None and expected > max_bytes:
