@@ -5,6 +5,7 @@ plan     seconds and memory to plan Llama-2-7B from its config on the meta devic
 step     step and compile time of an adopted model against the same low-rank model written by hand, under Inductor
 memory   bytes to finetune Llama-2-7B, by the plan; activations that one block keeps, against peft's QLoRA
 kernels  our kernels against the vendor's library and torch.compile, on a GPU; without one, what the cost model expects
+export   bytes of files for a phone (GPT-2 1.5B at r = d/4), rate of ExecuTorch's runtime against the dense model
 aot      what every shipped kernel configuration compiles to, for every GPU target; needs no GPU
 
 Times vary from run to run and machine to machine: what is compared is measured side by side, and given as a ratio.
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from lrcompile.errors import LrcompileError
 
-NAMES = ("adopt", "plan", "step", "memory", "kernels", "aot")
+NAMES = ("adopt", "plan", "step", "memory", "kernels", "export", "aot")
 
 
 def main(argv: Sequence[str]) -> None:

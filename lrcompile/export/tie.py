@@ -13,7 +13,7 @@ from typing import NamedTuple
 from lrcompile.errors import ExportError
 
 _ALIGNMENT = 128  # of segments, as ExecuTorch writes them
-_WORTH = 1 << 12  # bytes; smaller ones may stay twice
+_WORTH = 1 << 10  # bytes; smaller ones may stay twice
 
 
 class _Segment(NamedTuple):

@@ -56,7 +56,7 @@ def test_pairs_become_two_plain_linears(build: Any, multiple: int) -> None:
 )
 def test_other_forms_become_plain_linears(recipe: lrcompile.Recipe) -> None:
     pytest.importorskip("torchao", reason="the formats are torchao's")
-    model = lrcompile.adopt(tiny(adopted=False), recipe, IDS).requires_grad_(False)
+    model = lrcompile.adopt(tiny(adopted=False).requires_grad_(False), recipe, IDS).requires_grad_(False)
     want = model(**IDS).logits
     unfold(model)
     torch.testing.assert_close(model(**IDS).logits, want, rtol=1e-4, atol=1e-4)
