@@ -34,7 +34,12 @@ def run(*, quick: bool = False) -> None:
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         large: dict[str, Any] = {"n_embd": 1600, "n_layer": 48, "n_head": 25}
-        small: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+        small: dict[str, Any] = {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "vocab_size": 49152,
+        }
         heads: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3}
         if quick:
             large, heads = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 512}, {"num_attention_heads": 2}
@@ -86,7 +91,9 @@ def _rates(config: Any, folder: Path, tokens: int, turns: int) -> Table:
     from lrcompile.export.lower import export_executorch
     from lrcompile.export.runtime import Program
 
-    table = Table("format", "model", "file", "tokens/s", "128 tokens read, ms" if tokens > 8 else "8 tokens read, ms", "rate")
+    table = Table(
+        "format", "model", "file", "tokens/s", "128 tokens read, ms" if tokens > 8 else "8 tokens read, ms", "rate"
+    )
     for form in TARGETS:
         programs, files = {}, {}
         for name, recipe in {"dense": None, f"{COMPRESSION}x": Recipe(compression=COMPRESSION)}.items():

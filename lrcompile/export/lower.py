@@ -75,7 +75,7 @@ def export_executorch(
         _check_cached(cached)
         quantise(model, form)
         with _quietly():
-            data = _lower(exir, cached, form, meta)
+            data = _lower(exir, cached, meta)
     if max_bytes is not None and len(data) > max_bytes:
         raise ExportError(f"the file has {len(data)} bytes, {len(data) - max_bytes} over --max-bytes {max_bytes}")
     whole = path.with_name(f".{path.name}.{os.getpid()}")
@@ -141,16 +141,10 @@ def _check_cached(cached: Any) -> None:
         raise ExportError(f"{type(model).__name__} computes something else with its keys in a cache (off by {off:.2g})")
 
 
-def _lower(exir: Any, cached: Any, form: str, meta: dict[str, Any]) -> bytes:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
-        XnnpackDynamicallyQuantizedPartitioner,
-        XnnpackPartitioner,
-    )
+def _lower(exir: Any, cached: Any, meta: dict[str, Any]) -> bytes:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
-    partitioners = [XnnpackPartitioner()]
-    if form != "none":
-        partitioners.insert(0, XnnpackDynamicallyQuantizedPartitioner())
     length = torch.export.Dim("length", min=1, max=cached.max_length)
     example = (torch.ones(1, min(3, cached.max_length), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     try:
@@ -160,7 +154,7 @@ def _lower(exir: Any, cached: Any, form: str, meta: dict[str, Any]) -> bytes:
     try:
         edge = exir.to_edge_transform_and_lower(
             program,
-            partitioner=partitioners,
+            partitioner=[XnnpackPartitioner()],
             # Its check wants core operators alone; which of those left the runtime has is checked below, with their sites.
             compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
             constant_methods=meta,
