@@ -1,4 +1,4 @@
-"""The command line: `lrcompile inspect | plan | data | pretrain | finetune | report | eval | bench`. Parses, calls, prints."""
+"""The command line: lrcompile inspect | plan | data | pretrain | finetune | report | eval | export | bench, and more. Thin."""
 
 from __future__ import annotations
 
@@ -97,7 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     # Their options are a run's settings, which tyro reads.
     commands.add_parser("pretrain", help="train a model from scratch; `lrcompile pretrain --help` teaches")
     commands.add_parser("finetune", help="train a model that has weights; likewise")
-    for module in ("lrcompile.train.data.command", "lrcompile.train.report", "lrcompile.tasks.command"):
+    for module in (
+        "lrcompile.train.data.command",
+        "lrcompile.train.report",
+        "lrcompile.tasks.command",
+        "lrcompile.export.command",
+    ):
         importlib.import_module(module).add_parser(commands)
     commands.add_parser("bench", help="measurements on this machine; `lrcompile bench --help` lists them")
     return parser

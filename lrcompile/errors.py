@@ -35,6 +35,10 @@ class EvalError(LrcompileError, RuntimeError):
     """An evaluation can't start: its tasks, data or model."""
 
 
+class ExportError(LrcompileError, RuntimeError):
+    """A model can't be exported as asked, or an exported file can't be run."""
+
+
 class MissingLibraryError(LrcompileError, ImportError):
     """An optional library is needed; the message names the extra that installs it."""
 

@@ -10,6 +10,7 @@ materialise  seconds and memory to start GPT-2 1.5B from its config on two ranks
 finetune  peak memory and speed of finetuning Llama 3 8B in NF4, against peft and bitsandbytes, on a GPU
 kernels  our kernels against the vendor's library and torch.compile, on a GPU; without one, what the cost model expects
 quality  held-out loss of dense and low-rank twins, trained on the same tokens: at equal tokens, FLOPs and seconds
+export   bytes of files for a phone (GPT-2 1.5B at r = d/4), rate of ExecuTorch's runtime against the dense model
 aot      what every shipped kernel configuration compiles to, for every GPU target; needs no GPU
 
 Times vary from run to run and machine to machine: what is compared is measured side by side, and given as a ratio.
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from lrcompile.errors import LrcompileError
 
-NAMES = ("adopt", "plan", "step", "memory", "driver", "materialise", "finetune", "kernels", "quality", "aot")
+NAMES = ("adopt", "plan", "step", "memory", "driver", "materialise", "finetune", "kernels", "quality", "export", "aot")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def load_model(
         EvalError: one of them is missing, is something else, or is no causal language model.
         StateError: what was saved is damaged or belongs to another model.
     """
+    model = load_weights(source, base=base, adapter=adapter, device=device)
+    return model, load_tokenizer(tokenizer or base or source)
+
+
+def load_weights(
+    source: str, *, base: str | None = None, adapter: str | None = None, device: str | torch.device = "cpu"
+) -> Any:
+    """The model alone, as `load_model` gives it; also of a module:factory."""
     saved = (Path(source) / MODEL.index).is_file()
     if saved and base is None:
         raise EvalError(f"{source} holds adopted weights alone: say with --base which dense model they belong to")
@@ -47,7 +56,6 @@ def load_model(
         raise EvalError(f"--base goes with {_SAVED}, and {source} is none")
     dense = source if base is None else base
     model, inputs = _dense(dense, bare=saved)
-    tok = _tokenizer(tokenizer or dense)
     if saved:
         load(source, model)
     if adapter is not None:
@@ -66,7 +74,7 @@ def load_model(
             raise EvalError(
                 f"{adapter} holds no adapter: neither {ADAPTER.index} (lrcompile.save_adapter) nor {_PEFT} (peft)"
             )
-    return model.requires_grad_(False).eval().to(device), tok
+    return model.requires_grad_(False).eval().to(device)
 
 
 def _dense(source: str, bare: bool) -> tuple[Any, Any]:
@@ -76,7 +84,7 @@ def _dense(source: str, bare: bool) -> tuple[Any, Any]:
         if not bare:
             raise EvalError(f"{source} has no weights; give a Hugging Face model directory, a GGUF file or {_SAVED}")
         return _from_config(path), None
-    if not path.exists():
+    if not path.exists() and (":" not in source or os.sep in source):
         raise EvalError(f"no such file or directory: {source}; give {KINDS.split(', ')[0]}, a GGUF file, or {_SAVED}")
     model, inputs = load_source(source)
     if not getattr(model, "can_generate", lambda: False)():
@@ -95,7 +103,12 @@ def _from_config(path: Path) -> Any:
         raise EvalError(f"{path}: {error}") from error
 
 
-def _tokenizer(source: str) -> Any:
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a directory or GGUF file, or beside a file.
+
+    Raises:
+        EvalError: there is none.
+    """
     from transformers import AutoTokenizer
 
     path = Path(source)

@@ -197,7 +197,7 @@ class Form:
         """
         dtype = dtype or self.torch_dtype
         if self.base is None:
-            a, b = (self._side(side, leaves, call, dtype) for side, _ in self.sides)
+            a, b = (self.side(side, leaves, dtype, call) for side, _ in self.sides)
             product = call(torch.matmul, b, a)
             return call("t", product) if self.stored_in_out else product
         a, b = (leaves["_a"], leaves["_b"]) if self.rank is not None else (None, None)
@@ -235,7 +235,8 @@ class Form:
         """A dense base as (out_features, in_features)."""
         return call("t", leaves["_base"]) if self.stored_in_out else leaves["_base"]
 
-    def _side(self, side: str, leaves: Mapping[str, Any], call: Callable[..., Any], dtype: torch.dtype) -> Any:
+    def side(self, side: str, leaves: Mapping[str, Any], dtype: torch.dtype, call: Callable[..., Any] = run) -> Any:
+        """Side "a" (rank, in_features) or "b" (out_features, rank) of a pair: a plain one as stored, a packed one in `dtype`."""
         form = self.format_of(side)
         if form is None:
             return leaves[f"_{side}"]

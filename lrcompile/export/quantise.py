@@ -1,0 +1,132 @@
+"""A plain model's linears and embeddings in a phone's number formats, through torchao's tensors for ExecuTorch.
+
+======  =====================================================  ============================================
+format  linears                                                embedding of the vocabulary
+======  =====================================================  ============================================
+8da4w   int4, a scale for 32 inputs; activations int8, a       int4, a scale for 32 numbers
+        scale and zero point a token, as they come
+int8    int8, a scale a row; activations likewise              int8, a scale a row
+none    fp32                                                   fp32
+======  =====================================================  ============================================
+
+Other embeddings (positions) are int8. A head tied to the embedding stays tied: both read the head's codes. XNNPACK rounds
+the scales of groups to bfloat16, so they are rounded here first: codes are then the best ones for the scales that are used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrcompile.errors import ExportError
+
+FORMATS = ("8da4w", "int8", "none")
+GROUP = 32
+_INTS = {"8da4w": torch.int4, "int8": torch.int8}
+
+
+class Table(nn.Module):
+    """An embedding that is stored in codes: a row is decoded when it is looked up.
+
+    Args:
+        codes: (rows, width) int8 within the format's range.
+        scales: (rows, groups) fp32.
+        bits: 4 or 8.
+    """
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bits: int) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.bits = *codes.shape, bits
+        if bits == 4:
+            # The order of XNNPACK's 4-bit weights, the other way round than the lookup's: so that a tied head's bytes are
+            # these bytes. Looked up, neighbours have changed places.
+            shifted = (codes + 8).view(torch.uint8)
+            codes = shifted[:, 1::2] << 4 | shifted[:, ::2]
+            half = scales.half()
+            scales = half if torch.equal(half.float(), scales) else scales
+        self.register_buffer("codes", codes.contiguous())
+        self.register_buffer("scales", scales if scales.shape[1] > 1 else scales[:, 0].contiguous())
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(...) int64 -> (..., width) fp32."""
+        ops, stored = torch.ops.quantized_decomposed, (self.codes, self.scales, None)
+        if self.bits == 8:
+            return ops.embedding_byte.dtype(*stored, -128, 127, tokens, dtype=torch.float32)
+        swapped = ops.embedding_4bit.dtype(*stored, -8, 7, tokens, dtype=torch.float32)
+        return swapped.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+def quantise(model: Any, form: str) -> Any:
+    """Quantise a plain model in place, weight by weight; returns it.
+
+    Args:
+        model: of transformers, fp32, nothing adopted (`unfold` first, with ranks in multiples of GROUP).
+        form: of FORMATS.
+
+    Raises:
+        ExportError: no such format, or linears that it can't hold (named, with the fix).
+    """
+    if form not in FORMATS:
+        raise ExportError(f"no format {form!r}; there are {', '.join(FORMATS)}")
+    if form == "none":
+        return model
+    if form == "8da4w":
+        _refuse_groups(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    done: dict[int, nn.Parameter] = {}
+    for _, module in linears(model):
+        key = id(module.weight)
+        if key not in done:
+            weight = _encode(module.weight, _INTS[form], activations=True)
+            done[key] = nn.Parameter(weight, requires_grad=False)
+        module.weight = done[key]
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Embedding:
+            continue
+        kind = _INTS[form] if module is embedding else torch.int8
+        if kind is torch.int4 and module.embedding_dim % GROUP:
+            kind = torch.int8
+        coded: Any = head.weight if module is embedding and tied else _encode(module.weight, kind, activations=False)
+        owner, _, last = name.rpartition(".")
+        table = Table(coded.qdata, coded.scale, 4 if coded.target_dtype is torch.int4 else 8)
+        setattr(model.get_submodule(owner), last, table)
+    return model
+
+
+def linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """(name, module) of every nn.Linear."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _refuse_groups(model: nn.Module) -> None:
+    odd = [f"{name} ({m.in_features} inputs)" for name, m in linears(model) if m.in_features % GROUP]
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise ExportError(
+            f"8da4w has groups of {GROUP} inputs, which don't divide those of {', '.join(odd[:3])}{more}; "
+            "export with --quantise int8"
+        )
+
+
+def _encode(weight: torch.Tensor, kind: torch.dtype, *, activations: bool) -> Any:
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    weight = weight.detach()
+    block = (1, GROUP if kind is torch.int4 else weight.shape[1])
+    more = {"activation_quantization": "int8_asym_per_token" if activations else None}
+    made = IntxUnpackedToInt8Tensor.from_hp(weight, block, kind, **more)
+    if kind is torch.int8:
+        return made
+    scale = made.scale.bfloat16().float()
+    return IntxUnpackedToInt8Tensor.from_hp(
+        weight,
+        block,
+        kind,
+        intx_choose_qparams_algorithm=None,
+        custom_scale=scale,
+        custom_zero_point=made.zero_point,
+        **more,
+    )

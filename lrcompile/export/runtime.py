@@ -1,0 +1,83 @@
+"""ExecuTorch's CPU runtime: an exported file is loaded, asked what it is, and generates greedily."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrcompile.errors import ExportError
+from lrcompile.export.lower import require
+
+
+class Program:
+    """A file that `lrcompile export --to executorch` wrote, loaded.
+
+    Attributes:
+        vocabulary, max_length: of the model, and of prompt and answer together.
+        ends: tokens that end an answer.
+        form: of its numbers.
+
+    Raises:
+        ExportError: no such file, damaged, or written by something else.
+        MissingLibraryError: executorch is not installed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        require()
+        from executorch.runtime import Runtime
+
+        path = Path(path)
+        if not path.is_file():
+            raise ExportError(f"no such file: {path}")
+        try:
+            self._program = Runtime.get().load_program(path)
+            methods = set(self._program.method_names)
+        except Exception as error:
+            raise ExportError(f"{path} is no ExecuTorch program that can be read: {error}") from error
+        if not {"forward", "lrcompile_format", "get_max_seq_len", "get_vocab_size", "get_eos_ids"} <= methods:
+            raise ExportError(f"{path} was not written by lrcompile export: it has {', '.join(sorted(methods))}")
+        self.vocabulary, self.max_length = (int(self._ask(f"get_{what}")[0]) for what in ("vocab_size", "max_seq_len"))
+        self.ends = [int(end) for end in self._ask("get_eos_ids")]
+        self.form = str(self._ask("lrcompile_format")[0])
+        try:
+            self._forward = self._program.load_method("forward")
+        except Exception as error:
+            raise ExportError(f"this runtime can't load the model in {path}: {error}") from error
+
+    def _ask(self, method: str) -> Sequence[Any]:
+        return self._program.load_method(method).execute([])
+
+    def logits(self, tokens: Sequence[int], position: int) -> torch.Tensor:
+        """Logits (vocabulary,) fp32 after these tokens, the first of which stands at `position`.
+
+        Raises:
+            ExportError: there is no place left for them, or they are no tokens of this model.
+        """
+        if not tokens:
+            raise ExportError("the prompt has no tokens; write something")
+        if position + len(tokens) > self.max_length:
+            raise ExportError(
+                f"{position + len(tokens)} tokens don't fit into the {self.max_length} that the file has room for: shorten the "
+                "prompt, or export with a larger --max-length"
+            )
+        if not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
+            raise ExportError(
+                f"token {max(tokens)} is none of the model's {self.vocabulary}: this is the tokenizer of another model"
+            )
+        given = [torch.tensor([list(tokens)]), torch.tensor([position])]
+        return self._forward.execute(given)[0][0].clone()
+
+    def generate(self, prompt: Sequence[int], limit: int | None = None, *, position: int = 0) -> Iterator[int]:
+        """The likeliest next tokens, one by one, until an end token (which is given too), `limit` or the cache's end."""
+        tokens = list(prompt)
+        made = 0
+        while limit is None or made < limit:
+            token = int(self.logits(tokens, position).argmax())
+            position += len(tokens)
+            tokens, made = [token], made + 1
+            yield token
+            if token in self.ends or position >= self.max_length:
+                return

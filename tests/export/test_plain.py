@@ -1,0 +1,128 @@
+"""What exporting does before ExecuTorch comes in, and the dense directory: needs transformers alone."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lrcompile
+from lrcompile.errors import ExportError
+from lrcompile.export.budget import too_large, weigh
+from lrcompile.export.dense import export_hf
+from lrcompile.export.unfold import Pair, unfold
+from lrcompile.weights.layers import AdoptedModule
+
+from .helpers import IDS, tiny
+
+pytest.importorskip("transformers", reason="the models are transformers'")
+
+
+def gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 64}
+    return GPT2LMHeadModel(GPT2Config(**sizes)).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("multiple", [1, 32])
+@pytest.mark.parametrize("build", [tiny, lambda: lrcompile.adopt(gpt2(), lrcompile.Recipe(rank=16), IDS)])
+def test_pairs_become_two_plain_linears(build: Any, multiple: int) -> None:
+    model = build().requires_grad_(False)
+    want = model(**IDS).logits
+    adopted = [name for name, m in model.named_modules() if isinstance(m, AdoptedModule)]
+    unfold(model, multiple=multiple)
+    torch.testing.assert_close(model(**IDS).logits, want)
+    pairs = {name: m for name, m in model.named_modules() if isinstance(m, Pair)}
+    assert list(pairs) == adopted and len(adopted) >= 4
+    assert {pair.down.out_features for pair in pairs.values()} == {16 if multiple == 1 else 32}
+    assert not any(isinstance(m, AdoptedModule) or type(m).__name__ == "Conv1D" for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        lrcompile.Recipe(weights="dense", rank=4, init="zero"),
+        lrcompile.Recipe(factors="int8", rank=32),
+        lrcompile.Recipe(weights="int8"),
+    ],
+    ids=["base and pair", "quantised pair", "base alone"],
+)
+def test_other_forms_become_plain_linears(recipe: lrcompile.Recipe) -> None:
+    pytest.importorskip("torchao", reason="the formats are torchao's")
+    model = lrcompile.adopt(tiny(adopted=False).requires_grad_(False), recipe, IDS).requires_grad_(False)
+    want = model(**IDS).logits
+    unfold(model)
+    torch.testing.assert_close(model(**IDS).logits, want, rtol=1e-4, atol=1e-4)
+    assert any(isinstance(m, Pair) for m in model.modules()) == (recipe.factors is not None)
+    assert {type(m) for m in model.modules() if hasattr(m, "weight") and m.weight.dim() == 2} == {
+        nn.Linear,
+        nn.Embedding,
+    }
+
+
+def test_a_dense_gpt2_has_plain_linears_too() -> None:
+    model = gpt2()
+    want = model(**IDS).logits
+    torch.testing.assert_close(unfold(model)(**IDS).logits, want)
+    assert sum(type(m) is nn.Linear for m in model.modules()) == 5
+
+
+def test_what_a_file_weighs() -> None:
+    model = unfold(tiny())
+    numbers = sum(m.weight.numel() for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head")
+    norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    assert weigh(model, "none") == (4 * numbers, 4 * (64 * 64 + norms))
+    assert weigh(model, "int8").rest == 64 * 64 + 4 * 64 + 4 * norms
+    assert weigh(unfold(tiny(), multiple=32), "8da4w").linears > numbers / 2
+
+
+def test_what_would_fit_is_told() -> None:
+    model = unfold(tiny(), multiple=32)
+    int8, int4 = weigh(model, "int8"), weigh(model, "8da4w")
+    told = too_large(model, "int8", int4.total + 10, int8.total)
+    assert f"{(int8.total - int4.total - 10) / 1e3:.2g}" in told and "--quantise 8da4w" in told
+    told = too_large(model, "8da4w", int4.rest + int4.linears // 2, int4.total)
+    assert "compressed 2.00x more" in told
+    assert "smaller model" in too_large(model, "8da4w", int4.rest // 2, int4.total)
+
+
+def test_dense_directory(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny()
+    want = model(**IDS).logits
+    written = export_hf(copy.deepcopy(model), None, tmp_path / "dense")
+    assert written == sum(f.stat().st_size for f in (tmp_path / "dense").iterdir()) > 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(again(**IDS).logits, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ExportError, match="is there already"):
+        export_hf(model, None, tmp_path / "dense")
+
+
+def test_without_executorch(tmp_path: Path) -> None:
+    """The extra is named, before a model is loaded; and importing lrcompile imports none of it."""
+    code = f"""
+import sys
+sys.modules["executorch"] = None  # as if it were not installed
+import argparse, lrcompile
+assert not any(name.split(".")[0] in ("torchao", "transformers") for name in sys.modules)
+from lrcompile.errors import MissingLibraryError
+from lrcompile.export.command import add_parser
+parser = argparse.ArgumentParser()
+add_parser(parser.add_subparsers())
+args = parser.parse_args(["export", "nowhere", "--to", "executorch", {str(tmp_path / "a.pte")!r}])
+try:
+    args.run(args)
+except MissingLibraryError as error:
+    assert "lrcompile[executorch]" in str(error), error
+else:
+    raise SystemExit("nothing was raised")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
