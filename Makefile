@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := lrcompile passes kernels tests examples
 
-.PHONY: all test demo check clean
+.PHONY: all test test-all demo check clean
 all: check test
 
 # The whole set-up is one rule with one stamp, so that parallel and recursive makes build it once. The two packages that
@@ -20,6 +20,10 @@ $(READY): pyproject.toml constraints.txt
 
 # One worker a core and one thread a worker: the tests' many small compilations don't fill a core's threads.
 test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow or important" $(PYTEST_ARGS)
+
+# Also what is slow and varies what `test` has: other numbers of ranks, other optimizers, other formats.
+test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 demo: $(READY)

@@ -20,6 +20,7 @@ NVIDIA = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
 
 
 @pytest.mark.slow
+@pytest.mark.important
 def test_shipped_tiles_fit_every_target():
     pytest.importorskip("triton")
     # Compiled in a process of its own, one for all, which shares the cores out: this one may run Triton's interpreter.

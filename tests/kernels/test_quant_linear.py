@@ -306,6 +306,7 @@ for layout, group in (("int4", 32), ("int8_row", 0)):
 
 
 @pytest.mark.slow
+@pytest.mark.important
 def test_the_tiles_fit_for_the_other_formats_too():
     """The table's own check (test_aot.py) compiles for nf4 with nested scales."""
     pytest.importorskip("triton")

