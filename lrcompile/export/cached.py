@@ -50,7 +50,7 @@ class Cached(nn.Module):
 
     def forward(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """tokens (1, n) int64, position (1,) int64 of the first of them -> logits of the last, (1, vocabulary) fp32."""
-        start = position[0].item()
+        start: Any = position[0].item()
         torch._check(start >= 0)
         torch._check(start + tokens.shape[1] <= self.max_length)
         layers = [_Layer(getattr(self, f"keys_{i}"), getattr(self, f"values_{i}"), start) for i in range(self.layers)]

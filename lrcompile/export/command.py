@@ -86,6 +86,7 @@ def _export(args: argparse.Namespace) -> int:
         return 0
     from lrcompile.export.lower import export_executorch
 
+    print("exporting; a layer takes some seconds", file=sys.stderr)
     made = export_executorch(
         model,
         args.out,
@@ -125,8 +126,11 @@ def _generate(args: argparse.Namespace) -> int:
     told: list[dict[str, str]] = []
     for text in [args.prompt] if args.prompt is not None else _lines():
         told = [*told, {"role": "user", "content": text}] if chat else []
-        tokens = tokenizer.apply_chat_template(told, add_generation_prompt=True, return_dict=False) if chat else None
-        answer = _answer(program, tokenizer, tokens if chat else tokenizer(text).input_ids, args.max_tokens)
+        if chat:
+            tokens = tokenizer.apply_chat_template(told, add_generation_prompt=True, return_dict=False)
+        else:
+            tokens = tokenizer(text).input_ids
+        answer = _answer(program, tokenizer, tokens, args.max_tokens)
         told.append({"role": "assistant", "content": answer})
     return 0
 
@@ -144,7 +148,8 @@ def _lines() -> Any:
 
 def _answer(program: Any, tokenizer: Any, tokens: list[int], limit: int) -> str:
     """Print an answer as it comes, and how fast it came."""
-    start, made, shown = time.perf_counter(), [], ""
+    made: list[int] = []
+    shown, start = "", time.perf_counter()
     first = start
     for token in program.generate(tokens, limit):
         first = time.perf_counter() if not made else first

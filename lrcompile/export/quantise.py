@@ -24,7 +24,8 @@ from lrcompile.errors import ExportError
 
 FORMATS = ("8da4w", "int8", "none")
 GROUP = 32
-_INTS = {"8da4w": torch.int4, "int8": torch.int8}
+_INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch has it, its stubs don't
+_INTS = {"8da4w": _INT4, "int8": torch.int8}
 
 
 class Table(nn.Module):
@@ -87,11 +88,11 @@ def quantise(model: Any, form: str) -> Any:
         if type(module) is not nn.Embedding:
             continue
         kind = _INTS[form] if module is embedding else torch.int8
-        if kind is torch.int4 and module.embedding_dim % GROUP:
+        if kind is _INT4 and module.embedding_dim % GROUP:
             kind = torch.int8
         coded: Any = head.weight if module is embedding and tied else _encode(module.weight, kind, activations=False)
         owner, _, last = name.rpartition(".")
-        table = Table(coded.qdata, coded.scale, 4 if coded.target_dtype is torch.int4 else 8)
+        table = Table(coded.qdata, coded.scale, 4 if coded.target_dtype is _INT4 else 8)
         setattr(model.get_submodule(owner), last, table)
     return model
 
@@ -115,7 +116,7 @@ def _encode(weight: torch.Tensor, kind: torch.dtype, *, activations: bool) -> An
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     weight = weight.detach()
-    block = (1, GROUP if kind is torch.int4 else weight.shape[1])
+    block = (1, GROUP if kind is _INT4 else weight.shape[1])
     more = {"activation_quantization": "int8_asym_per_token" if activations else None}
     made = IntxUnpackedToInt8Tensor.from_hp(weight, block, kind, **more)
     if kind is torch.int8:

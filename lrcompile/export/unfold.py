@@ -45,7 +45,7 @@ def unfold(model: M, *, multiple: int = 1) -> M:
         elif form is not None:
             made[id(module)] = _pair(module, form, multiple)
         elif _is_conv1d(module) and not isinstance(module, AdoptedModule):
-            made[id(module)] = _linear(module.weight.t(), module.bias)  # type: ignore[union-attr,operator,arg-type]
+            made[id(module)] = _linear(module.weight.t(), module.bias)
         if id(module) in made and name:
             _put(model, name, made[id(module)])
     if any(isinstance(module, AdoptedModule) for module in model.modules()):
