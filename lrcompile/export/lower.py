@@ -17,7 +17,7 @@ from torch import nn
 
 from lrcompile.errors import ExportError, MissingLibraryError
 from lrcompile.export.budget import too_large, weigh
-from lrcompile.export.quantise import GROUP, quantise
+from lrcompile.export.quantise import FORMATS, GROUP, quantise
 from lrcompile.export.tie import share_tied
 from lrcompile.export.unfold import Pair, unfold
 
@@ -41,7 +41,7 @@ def export_executorch(
     max_length: int = 512,
     max_bytes: int | None = None,
 ) -> Exported:
-    """Write a causal language model of transformers as a file that ExecuTorch runs, and take it apart while at it.
+    """Write a causal language model of transformers as a file that ExecuTorch runs.
 
     The file has a method `forward(tokens (1, n) int64, position (1,) int64) -> logits (1, vocabulary) fp32`, of the last
     token, which keeps the keys and values of what it was given before; n may be anything up to `max_length`. Constant methods
@@ -63,6 +63,8 @@ def export_executorch(
     path = Path(path)
     if path.suffix != ".pte" or not path.absolute().parent.is_dir():
         raise ExportError(f"can't write {path}: give a name that ends in .pte, in a folder that is there")
+    if form not in FORMATS:
+        raise ExportError(f"no format {form!r}; there are {', '.join(FORMATS)}")
     exir = require()
     from lrcompile.export.cached import Cached
 
