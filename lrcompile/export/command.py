@@ -86,6 +86,7 @@ def _export(args: argparse.Namespace) -> int:
         return 0
     from lrcompile.export.lower import export_executorch
 
+    print("exporting; a layer takes some seconds", file=sys.stderr)
     made = export_executorch(
         model,
         args.out,

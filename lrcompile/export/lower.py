@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from torch import nn
 
 from lrcompile.errors import ExportError, MissingLibraryError
 from lrcompile.export.budget import too_large, weigh
-from lrcompile.export.quantise import GROUP, quantise
+from lrcompile.export.quantise import FORMATS, GROUP, quantise
 from lrcompile.export.tie import share_tied
 from lrcompile.export.unfold import Pair, unfold
 
@@ -39,7 +41,7 @@ def export_executorch(
     max_length: int = 512,
     max_bytes: int | None = None,
 ) -> Exported:
-    """Write a causal language model of transformers as a file that ExecuTorch runs, and take it apart while at it.
+    """Write a causal language model of transformers as a file that ExecuTorch runs.
 
     The file has a method `forward(tokens (1, n) int64, position (1,) int64) -> logits (1, vocabulary) fp32`, of the last
     token, which keeps the keys and values of what it was given before; n may be anything up to `max_length`. Constant methods
@@ -61,6 +63,8 @@ def export_executorch(
     path = Path(path)
     if path.suffix != ".pte" or not path.absolute().parent.is_dir():
         raise ExportError(f"can't write {path}: give a name that ends in .pte, in a folder that is there")
+    if form not in FORMATS:
+        raise ExportError(f"no format {form!r}; there are {', '.join(FORMATS)}")
     exir = require()
     from lrcompile.export.cached import Cached
 
@@ -72,9 +76,9 @@ def export_executorch(
         if max_bytes is not None and expected > max_bytes:
             raise ExportError(f"the file would have {too_large(model, form, max_bytes, expected)}")
         cached = Cached(model, max_length)
-        _check_cached(cached)
-        quantise(model, form)
-        with _quietly():
+        with quietly():
+            _check_cached(cached)
+            quantise(model, form)
             data = _lower(exir, cached, meta)
     if max_bytes is not None and len(data) > max_bytes:
         raise ExportError(f"the file has {len(data)} bytes, {len(data) - max_bytes} over --max-bytes {max_bytes}")
@@ -95,7 +99,7 @@ def require() -> Any:
         MissingLibraryError: naming the extra.
     """
     try:
-        with _quietly():
+        with quietly():
             import torchao.quantization  # noqa: F401
             from executorch import exir
             from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  # embedding_byte, _4bit
@@ -195,16 +199,31 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """What ExecuTorch, torchao and torch warn of among themselves is no news to who exports a model."""
+def quietly() -> Iterator[Callable[[], str]]:
+    """What ExecuTorch, torchao and torch tell of themselves is no news to who exports a model; gives the last line of it.
+
+    ExecuTorch's C++ writes to the file descriptor, so that is what is kept aside.
+    """
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree", "executorch", "root")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+    sys.stderr.flush()
+    screen = os.dup(2)
+    with tempfile.TemporaryFile() as aside, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        os.dup2(aside.fileno(), 2)
+
+        def last_line() -> str:
+            aside.seek(0)
+            lines = aside.read().decode(errors="replace").split("\n")
+            return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+        try:
+            yield last_line
+        finally:
+            sys.stderr.flush()
+            os.dup2(screen, 2)
+            os.close(screen)
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)

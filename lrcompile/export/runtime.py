@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lrcompile.errors import ExportError
-from lrcompile.export.lower import require
+from lrcompile.export.lower import quietly, require
 
 
 class Program:
@@ -27,25 +27,30 @@ class Program:
 
     def __init__(self, path: str | Path) -> None:
         require()
-        from executorch.runtime import Runtime
+        with quietly():
+            from executorch.runtime import Runtime
 
         path = Path(path)
         if not path.is_file():
             raise ExportError(f"no such file: {path}")
-        try:
-            self._program = Runtime.get().load_program(path)
-            methods = set(self._program.method_names)
-        except Exception as error:
-            raise ExportError(f"{path} is no ExecuTorch program that can be read: {error}") from error
-        if not {"forward", "lrcompile_format", "get_max_seq_len", "get_vocab_size", "get_eos_ids"} <= methods:
-            raise ExportError(f"{path} was not written by lrcompile export: it has {', '.join(sorted(methods))}")
-        self.vocabulary, self.max_length = (int(self._ask(f"get_{what}")[0]) for what in ("vocab_size", "max_seq_len"))
-        self.ends = [int(end) for end in self._ask("get_eos_ids")]
-        self.form = str(self._ask("lrcompile_format")[0])
-        try:
-            self._forward = self._program.load_method("forward")
-        except Exception as error:
-            raise ExportError(f"this runtime can't load the model in {path}: {error}") from error
+        with quietly() as last_line:
+            try:
+                self._program = Runtime.get().load_program(path)
+                methods = set(self._program.method_names)
+            except Exception as error:
+                raise ExportError(
+                    f"{path} is no ExecuTorch program that can be read: {last_line() or error}"
+                ) from error
+            if not {"forward", "lrcompile_format", "get_max_seq_len", "get_vocab_size", "get_eos_ids"} <= methods:
+                raise ExportError(f"{path} was not written by lrcompile export: it has {', '.join(sorted(methods))}")
+            sizes = [int(self._ask(f"get_{what}")[0]) for what in ("vocab_size", "max_seq_len")]
+            self.vocabulary, self.max_length = sizes
+            self.ends = [int(end) for end in self._ask("get_eos_ids")]
+            self.form = str(self._ask("lrcompile_format")[0])
+            try:
+                self._forward = self._program.load_method("forward")
+            except Exception as error:
+                raise ExportError(f"this runtime can't load the model in {path}: {last_line() or error}") from error
 
     def _ask(self, method: str) -> Sequence[Any]:
         return self._program.load_method(method).execute([])

