@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import glob
-import hashlib
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lrcompile.errors import MissingLibraryError, TrainError
+from lrcompile.files import sha256
 from lrcompile.train.data import packages
 
 log = logging.getLogger("lrcompile")
@@ -56,16 +56,6 @@ class Row:
     values: dict[str, Any]
     where: str
     done: int
-
-
-def sha256(*files: Path) -> str:
-    """Of the files' bytes, one file after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def find_sources(sources: Sequence[str | os.PathLike[str]]) -> list[Source]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lrcompile.errors import MissingLibraryError, TrainError
+from lrcompile.files import commit
 
 KINDS = '"bytes", a tokenizer.json or a directory that holds one, a Hugging Face directory, a GGUF file, or "bpe:SIZE"'
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -107,9 +108,7 @@ class Json(Tokenizer):
     def save(self, folder: Path) -> None:
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._end_token}
         for name, text in ((SETTINGS, json.dumps(settings, indent=1)), (FILE, self._text)):
-            partial = folder / f"{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, folder / name)
+            commit(folder / name, text.encode())
 
 
 def load_tokenizer(source: str | os.PathLike[str], end_token: str | None = None) -> Tokenizer:
