@@ -206,15 +206,15 @@ def _parquet(path: Path, fields: Sequence[str]) -> tuple[list[str], Iterator[Any
     library = _library("pyarrow.parquet")
     try:
         file = library.ParquetFile(path)
-    except Exception as error:  # pyarrow's own classes are not importable without it
-        raise TrainError(f"{path} is no parquet file, or a truncated one: {error}") from error
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise TrainError(f"{path} is no parquet file, or a truncated one ({error}); copy it again") from error
 
     def batches() -> Iterator[Any]:
         try:
             for batch in file.iter_batches(batch_size=1024, columns=list(fields)):
                 yield batch.to_pydict()
-        except OSError as error:
-            raise TrainError(f"{path} can't be read to its end: {error}") from error
+        except (OSError, ValueError) as error:  # damaged pages; strings that are not UTF-8
+            raise TrainError(f"{path} can't be read to its end ({error}); copy or write it again") from error
 
     return file.schema_arrow.names, batches(), file.metadata.num_rows
 
@@ -225,7 +225,7 @@ def _dataset(path: Path, fields: Sequence[str]) -> tuple[list[str], Iterator[Any
     except MissingLibraryError:
         raise
     except Exception as error:  # whatever a damaged arrow file makes datasets raise
-        raise TrainError(f"{path} can't be read by datasets.load_from_disk: {error}") from error
+        raise TrainError(f"{path} can't be read by datasets.load_from_disk ({error}); save it again") from error
     _require(fields, data.column_names, str(path))
     return data.column_names, data.with_format(None).select_columns(list(fields)).iter(batch_size=1024), len(data)
 

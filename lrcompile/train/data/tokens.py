@@ -238,12 +238,18 @@ def _names_bytes(folder: Path) -> bool:
 
 
 def _declared_end(folder: Path) -> str | None:
-    """The eos_token that the files beside a tokenizer.json name."""
-    for name in (SETTINGS, "special_tokens_map.json"):
-        try:
-            told = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
-        except (OSError, ValueError, AttributeError):
+    """The eos_token that the files beside a tokenizer.json name.
+
+    Raises:
+        TrainError: one of them is there and can't be read: it may name another.
+    """
+    for file in (folder / SETTINGS, folder / "special_tokens_map.json"):
+        if not file.exists():
             continue
+        try:
+            told = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
+        except (OSError, ValueError, AttributeError) as error:
+            raise TrainError(f"{file} can't be read ({error}), which may name the end token; copy it again") from error
         if isinstance(told, dict):
             told = told.get("content")
         if isinstance(told, str):
