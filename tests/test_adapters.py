@@ -15,6 +15,7 @@ from torch import nn
 
 import lrcompile
 from lrcompile import Recipe, StateError
+from lrcompile.files import sha256
 from lrcompile.weights import adapters, folder
 
 from .helpers_adopt import IDS, Mlp, Shared, X, adopted, adopted_shared, snapshot
@@ -270,7 +271,7 @@ def test_forgeries_with_right_checksums_are_refused(
     (tmp_path / "forged").mkdir()
     path = tmp_path / "forged" / "adapter.safetensors"
     save_file(tensors, path)
-    index |= {"sha256": folder.sha256(path), "bytes": path.stat().st_size}
+    index |= {"sha256": sha256(path), "bytes": path.stat().st_size}
     index["checksum"] = folder.checksum(index)
     (tmp_path / "forged" / "adapter.json").write_text(json.dumps(index))
     refused(finetuned(), tmp_path / "forged", said)

@@ -16,9 +16,9 @@ from rich import box
 from rich.table import Table
 
 from lrcompile.bench.twins import Choice, Variant, label
+from lrcompile.files import commit
 from lrcompile.show import as_text
 from lrcompile.train.build import build
-from lrcompile.train.data.write import commit
 from lrcompile.train.figure import Band, bands
 from lrcompile.train.history import History
 from lrcompile.words import count

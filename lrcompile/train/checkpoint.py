@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from lrcompile.errors import TrainError
+from lrcompile.files import sha256
 from lrcompile.train.agree import LOST, Ranks, alike, described, joined
 from lrcompile.train.committed import (
     check_step,
@@ -37,7 +38,7 @@ from lrcompile.train.committed import (
     wrong_files,
 )
 from lrcompile.train.stored import CopiesPlanner, Entry, local_part, mismatches, spread, unfit
-from lrcompile.weights.folder import absolute, lock, sha256
+from lrcompile.weights.folder import absolute, lock
 
 
 class Checkpoints:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lrcompile.errors import TrainError
-from lrcompile.weights.folder import checksum, flush
+from lrcompile.files import flush
+from lrcompile.weights.folder import checksum
 
 log = logging.getLogger("lrcompile")
 

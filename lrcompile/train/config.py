@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from lrcompile.errors import MissingLibraryError, TrainError
+from lrcompile.files import commit
 from lrcompile.recipe import DIALS
 from lrcompile.train.settings import (
     Data,
@@ -278,10 +279,8 @@ def save_resolved(run: Run, path: str | os.PathLike[str]) -> None:
         TrainError: it can't be written.
     """
     text = json.dumps({"format": FORMAT, "run": asdict(run)}, indent=1)
-    partial = Path(f"{os.fspath(path)}.partial")
     try:
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        commit(Path(path), (text + "\n").encode())
     except OSError as error:
         raise TrainError(f"can't write {path}: {error.strerror}") from error
 

@@ -41,9 +41,10 @@ class Display(Protocol):
 
 
 def display(title: str, steps: int, first: int, live: bool, every: int, console: Console | None) -> Display:
-    """The panel where it is asked for and stdout is a terminal that can move its cursor; else plain lines."""
+    """The panel where it is asked for and stdout is a terminal that can move its cursor and draw; else plain lines."""
     console = console or Console()
-    if live and console.is_terminal and not console.is_dumb_terminal:
+    # ascii_only: an encoding that is no UTF, in which bars and a sample's text would end the run.
+    if live and console.is_terminal and not console.is_dumb_terminal and not console.options.ascii_only:
         return Panelled(title, steps, first, console)
     return Plain(steps, first, every, console)
 

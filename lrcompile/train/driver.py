@@ -17,10 +17,11 @@ from torch.distributed.tensor import DTensor
 from lrcompile.train.agree import alike
 from lrcompile.train.config import save_resolved
 from lrcompile.train.data import Batch, Prefetch
+from lrcompile.train.data.sample import IGNORED
 from lrcompile.train.data.tokens import saved_tokenizer
 from lrcompile.train.evaluate import continued, held_out_loss, summed_loss
 from lrcompile.train.finish import export
-from lrcompile.train.language import IGNORED, logits_of
+from lrcompile.train.language import logits_of
 from lrcompile.train.log import RunLog
 from lrcompile.train.meter import Meter, peak_flops
 from lrcompile.train.settings import Run

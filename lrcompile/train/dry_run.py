@@ -21,7 +21,7 @@ from lrcompile.kernels import launch
 from lrcompile.show import plan_table
 from lrcompile.sources import example_inputs, load_source, token_count
 from lrcompile.train.language import check_decoder, check_length, layers
-from lrcompile.train.measure import Measured, flops_per_token, measure
+from lrcompile.train.measure import Measured, measure
 from lrcompile.train.settings import Run
 from lrcompile.weights.adopt import adopt
 from lrcompile.weights.layers import AdoptedModule
@@ -338,6 +338,3 @@ def _seconds(report: Report, found: Measured, device: cost.Device, precision: to
     micro += 2 * found.kept("none") / (device.bandwidth * cost.MEMORY_REACH)
     passed = 2 * (report.weights + report.optimizer) + report.gradients
     return report.accumulate * micro + passed / (device.bandwidth * cost.MEMORY_REACH)
-
-
-__all__ = ["Report", "dry_run", "flops_per_token", "on_meta", "optimizer_bytes"]

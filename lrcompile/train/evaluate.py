@@ -12,7 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from lrcompile.train.data import Sampler
-from lrcompile.train.language import IGNORED, logits_of
+from lrcompile.train.data.sample import IGNORED
+from lrcompile.train.language import logits_of
 from lrcompile.train.world import World
 
 PART = 2**24  # logits whose loss is taken at once: 64 MiB in float32

@@ -232,14 +232,13 @@ def _number(value: Any) -> float:
 
 
 def _config(path: Path) -> tuple[str, str] | None:
-    for name in ("config.toml", "config.json"):
-        file = path / name
-        if file.is_file():
-            try:
-                return name, file.read_text(encoding="utf-8", errors="replace")
-            except OSError as error:
-                raise TrainError(f"can't read {file}: {error.strerror}") from error
-    return None
+    file = path / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        return file.name, file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise TrainError(f"can't read {file}: {error.strerror}") from error
 
 
 def _no_run(path: Path) -> str:

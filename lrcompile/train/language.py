@@ -11,8 +11,6 @@ from torch import nn
 
 from lrcompile.errors import TrainError
 
-IGNORED = -100  # a target that is not predicted, as torch's cross_entropy has it
-
 
 def blocks(model: nn.Module) -> list[str]:
     """Names of a model's layers: the members, those that hold parameters, of its outermost ModuleLists; a model without any

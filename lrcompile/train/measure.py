@@ -25,8 +25,6 @@ from lrcompile.graph.measure import FORMULAS
 from lrcompile.train.language import args_of, inputs, layers, logits_in
 from lrcompile.weights.layers import AdoptedModule, one_product
 
-POLICIES = ("none", "block", "selective")
-
 
 @dataclass(frozen=True)
 class Product:

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from lrcompile.errors import StateError
+from lrcompile.files import flush, sha256
 
 log = logging.getLogger("lrcompile")
 
@@ -171,22 +172,6 @@ def _check_weights(kind: Kind, folder: Path, index: dict[str, Any]) -> None:
 def checksum(index: dict[str, Any]) -> str:
     body = {k: v for k, v in index.items() if k != "checksum"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def lock(folder: Path, wait: bool = True) -> list[int]:

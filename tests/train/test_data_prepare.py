@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from lrcompile.errors import TrainError
+from lrcompile.files import commit
 from lrcompile.train.data import Shards, load_tokenizer, prepare
-from lrcompile.train.data.write import commit
 from tests.train.helpers_data import files_below, write_lines
 
 WORDS = "the profit of this quarter rose by three percent and shareholders were told so in a letter".split()
@@ -140,7 +140,8 @@ def test_killed_at_any_write_it_goes_on_to_the_same_bytes(
         shutil.rmtree(out, ignore_errors=True)
         alive = allowed
         with monkeypatch.context() as patch:
-            patch.setattr("lrcompile.train.data.write.commit", dying)
+            for module in ("write", "tokens"):
+                patch.setattr(f"lrcompile.train.data.{module}.commit", dying)
             try:
                 call(out)
                 break

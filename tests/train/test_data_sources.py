@@ -100,6 +100,14 @@ def test_other_files_that_are_malformed_are_told(tmp_path: Path) -> None:
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     with pytest.raises(TrainError, match="cut.parquet is no parquet file, or a truncated one"):
         texts(tmp_path / "cut.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "page.parquet").write_bytes(whole[:4] + b"\xff" * 9 + whole[13:])
+    buffers = [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]
+    foreign = pa.table({"body": pa.Array.from_buffers(pa.string(), 1, buffers)})  # Arrow doesn't look
+    pq.write_table(foreign, tmp_path / "latin.parquet")
+    for name in ("page", "latin"):
+        with pytest.raises(TrainError, match=f"(?s){name}.parquet can't be read to its end .* copy or write it again"):
+            list(read(*find_sources([tmp_path / f"{name}.parquet"]), ["body"]))
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
     with pytest.raises(TrainError, match="not UTF-8 .near byte 3.*iconv"):
         texts(tmp_path / "a.txt")

@@ -72,6 +72,14 @@ def test_an_end_that_is_not_declared_must_be_named(folder: Path) -> None:
     assert load_tokenizer(folder).end == 269
 
 
+def test_a_file_that_can_t_be_read_is_told_though_another_names_an_end(folder: Path) -> None:
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "a"}))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|e')
+    with pytest.raises(TrainError, match="tokenizer_config.json can't be read .* copy it again"):
+        load_tokenizer(folder)
+    assert load_tokenizer(folder, "<|end|>").end == 269
+
+
 def test_truncation_and_padding_that_a_file_asks_for_are_off(folder: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))

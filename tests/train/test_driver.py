@@ -119,7 +119,7 @@ def test_from_text_to_a_model_that_others_load(place: Path, tmp_path: Path) -> N
     assert losses(out)[-1] < 0.8 * losses(out)[0]
     held_out = metrics(out, "eval")
     assert held_out[-1]["loss"] < held_out[0]["loss"]
-    assert all(line["prompt"] == "the state" for line in metrics(out, "sample"))
+    assert [line["prompt"] for line in metrics(out, "sample")] == ["the state"] * 14  # every third step, and the last
     assert all(0 <= line["waited"] < line["seconds"] for line in metrics(out, "step"))
 
     dense, _ = load_source(str(place / "config.json"), device="cpu")
@@ -127,7 +127,7 @@ def test_from_text_to_a_model_that_others_load(place: Path, tmp_path: Path) -> N
     merged = AutoModelForCausalLM.from_pretrained(out / "merged").eval()
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        torch.testing.assert_close(small(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(small(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=0, atol=2e-5)
     pairs = [name for name, _ in small.named_parameters() if name.endswith("weight_a")]
     assert len(pairs) == 14
     # The figures of a run are drawn from what it wrote.
@@ -139,7 +139,6 @@ RECIPES = {
     "pairs": ("pretrain", []),
     "dense": ("pretrain", ["--recipe.dense"]),
     "nf4": ("finetune", ["--recipe.rank", "4", "--recipe.init", "pissa"]),
-    "spectron": ("pretrain", ["--optimizer.name", "spectron"]),
 }
 
 
@@ -153,9 +152,8 @@ def test_ranks_agree_with_one_process(recipe: str, place: Path, tmp_path: Path) 
     one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         if value.is_floating_point():
-            torch.testing.assert_close(
-                two[name], value, rtol=0, atol=2e-3, msg=name
-            )  # 50 steps of Adam amplify rounding
+            # After 50 steps of at most 1e-3 each they differ by 1e-7: rounding alone.
+            torch.testing.assert_close(two[name], value, rtol=0, atol=5e-6, msg=name)
         else:
             assert torch.equal(two[name], value), name
 
@@ -188,23 +186,42 @@ def test_the_twins_start_from_the_same_weights(place: Path) -> None:
     from lrcompile.train.materialise import materialise
 
     made = {}
+    tied = []
     for name, recipe in {"dense": None, "pairs": Recipe(compression=1.2, svd="full")}.items():
         built = build(str(place / "config.json"), recipe, seed=3)
         materialise(built, torch.device("cpu"))
         made[name] = dict(built.model.named_parameters())
+        tied.append(built.model.get_parameter("lm_head.weight") is made[name]["model.embed_tokens.weight"])
     a, b = (made["pairs"][f"model.layers.1.mlp.up_proj.weight_{side}"].detach().double() for side in "ab")
     weight = made["dense"]["model.layers.1.mlp.up_proj.weight"].detach().double()
     left = torch.linalg.svdvals(weight)[a.shape[0] :].square().sum().sqrt()
     torch.testing.assert_close(torch.linalg.vector_norm(weight - b @ a), left, rtol=1e-4, atol=0)
     assert torch.equal(made["dense"]["model.embed_tokens.weight"], made["pairs"]["model.embed_tokens.weight"])
-    assert (
-        made["dense"]["lm_head.weight"] is made["dense"]["model.embed_tokens.weight"]
-        if "lm_head.weight" in made["dense"]
-        else True
-    )
+    assert tied == [True, True]
 
 
 def test_finetuning_takes_the_loss_on_completions_alone(place: Path, tmp_path: Path) -> None:
+    from torch.nn.functional import cross_entropy
+
+    from lrcompile.train.build import build
+    from lrcompile.train.data import Sampler, Shards
+    from lrcompile.train.language import logits_of
+    from lrcompile.train.materialise import materialise
+
+    out = tmp_path / "run"
+    more = ["--recipe.dense", "--seed", "5"]
+    assert main(["finetune", *arguments(place, out, *more, data="prompt-data")]) == 0
+    built = build(str(place / "config.json"), None, attention="sdpa", length=32, seed=5)
+    materialise(built, torch.device("cpu"))
+    shards = Shards.open(place / "prompt-data" / "train")
+    batch = Sampler(shards, length=32, batch=8, seed=5).rows(0, 0, 8)
+    with torch.no_grad():
+        each = cross_entropy(logits_of(built.model, batch.tokens, batch.positions).mT, batch.targets, reduction="none")
+    completions = sum(int(shards.lengths[d] - shards.prompts[d]) for row in batch.documents for d in row)
+    assert losses(out)[0] == pytest.approx(float(each.sum()) / completions, rel=1e-5)
+
+
+def test_finetuning_trains_the_pairs_and_writes_an_adapter(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     more = ["--recipe.rank", "4", "--data.length", "64"]
     assert main(["finetune", *arguments(place, out, *more, data="prompt-data")]) == 0

@@ -19,9 +19,9 @@ from lrcompile.errors import KernelError, LrcompileError, TrainError
 from lrcompile.graph.measure import saved_bytes
 from lrcompile.show import as_text
 from lrcompile.train.config import Data, Model, Optimizer, Parallel, RecipeTable, Run, Schedule
-from lrcompile.train.dry_run import dry_run, flops_per_token, on_meta, optimizer_bytes
+from lrcompile.train.dry_run import dry_run, on_meta, optimizer_bytes
 from lrcompile.train.language import check_length, layers
-from lrcompile.train.measure import measure
+from lrcompile.train.measure import flops_per_token, measure
 
 from ..helpers import VOCAB, LanguageModel, tiny_llama
 

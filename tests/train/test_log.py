@@ -343,6 +343,16 @@ def test_a_terminal_that_cant_show_a_character_gets_a_question_mark(tmp_path: Pa
     assert raw.getvalue() == b"step 1: a??\n"
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_cant_draw_gets_lines(tmp_path: Path, encoding: str) -> None:
+    raw = io.BytesIO()
+    out = io.TextIOWrapper(raw, encoding=encoding, write_through=True)
+    with run_log(tmp_path, live=True, every=1, console=Console(file=out, force_terminal=True)) as log:
+        log.step(1, loss=2.5)
+        log.event("中")
+    assert raw.getvalue() == b"step   1/100  loss 2.5000  left ?\nstep 1: ?\n"
+
+
 def terminal(out: io.StringIO) -> Console:
     return Console(file=out, force_terminal=True, width=100, height=30, color_system=None, legacy_windows=False)
 

@@ -186,7 +186,7 @@ class Page(HTMLParser):
 def test_the_page_stands_alone_and_escapes_everything(tmp_path: Path) -> None:
     one = make(tmp_path / "a<i>&$x_1$", device="<script>alert(1)</script>")
     two = make(tmp_path / "_b", gap=0.1)
-    (one / "config.toml").write_text('source = "<gpt2>"\n')
+    (one / "config.json").write_text('{"source": "<gpt2>"}\n')
     (two / "config.json").write_text('{"b": 1}\n')
     out = report([one, two], tmp_path / "page.html")
     assert out == tmp_path / "page.html" and sorted(p.name for p in tmp_path.glob("*.*")) == ["page.html"]
@@ -197,7 +197,7 @@ def test_the_page_stands_alone_and_escapes_everything(tmp_path: Path) -> None:
     for text in (
         "<b>The",
         "state & ",
-        'source = "<gpt2>"',
+        '"source": "<gpt2>"',
         '{"b": 1}',
         "a<i>&$x_1$",
         "device=<script>alert(1)</script>",

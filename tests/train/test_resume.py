@@ -134,12 +134,13 @@ def test_other_numbers_of_ranks(recipe: dict[str, Any], optimizer: str, data: Pa
     finished(told, "--resume", ranks=4, before="telling")
     seen |= {step: rows for step, rows in documents(out, 4).items() if step >= 6}
     assert seen == documents(whole, 1) and len(seen) == 9
-    assert losses(out) == pytest.approx(losses(whole), rel=1e-5)
-    assert losses(out, "eval") == pytest.approx(losses(whole, "eval"), rel=1e-5)
+    # Seen at most: 1e-7 of the losses, and 1e-7 in a weight, which nine steps of 3e-3 moved.
+    assert losses(out) == pytest.approx(losses(whole), rel=5e-6)
+    assert losses(out, "eval") == pytest.approx(losses(whole, "eval"), rel=5e-6)
     bits, others = weights(out), weights(whole)
     for name, value in bits.items():
         if value.is_floating_point():
-            torch.testing.assert_close(value, others[name], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(value, others[name], rtol=0, atol=5e-6)
         else:
             assert torch.equal(value, others[name]), name  # a base's codes
 
@@ -150,9 +151,9 @@ def test_copies_of_the_parameters(ranks: int, replicate: int, shard: int, data: 
     one = finished(settings(data, tmp_path / "one", steps=4))
     parallel = {"replicate": replicate, "shard": shard}
     many = finished(settings(data, tmp_path / "many", steps=4, parallel=parallel), ranks=ranks)
-    assert losses(many) == pytest.approx(losses(one), rel=1e-5)
+    assert losses(many) == pytest.approx(losses(one), rel=5e-6)
     for name, value in weights(one).items():
-        torch.testing.assert_close(weights(many)[name], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(weights(many)[name], value, rtol=0, atol=5e-6)  # seen: 6e-8
 
 
 def test_bfloat16(data: Path, tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_bfloat16(data: Path, tmp_path: Path) -> None:
     for ranks in (1, 2):
         told = settings(data, tmp_path / f"on{ranks}", **usual, parallel={"precision": "bfloat16"})
         out = finished(told, ranks=ranks)
-        assert losses(out) == pytest.approx(losses(exact), rel=1e-2)
+        assert losses(out) == pytest.approx(losses(exact), rel=1e-3)  # seen: 1e-4
         assert losses(out) != losses(exact)
         ours, codes = weights(out), 0
         for name, value in weights(exact).items():

@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from lrcompile.errors import TrainError
+from lrcompile.files import sha256
 from lrcompile.train.data.documents import PROMPTS, Piece, Reading
 from lrcompile.train.data.shards import INDEX, PROGRESS, Shards, open_shard, read_index
-from lrcompile.train.data.sources import Source, find_sources, read, sha256
+from lrcompile.train.data.sources import Source, find_sources, read
 from lrcompile.train.data.tokens import FILE, SETTINGS, Tokenizer, load_tokenizer, saved_tokenizer, train_bpe
 from lrcompile.train.data.write import Part, commit_json, disk_errors_told
 

@@ -16,7 +16,7 @@ from lrcompile.train.data.shards import Shards
 if TYPE_CHECKING:
     import torch
 
-IGNORE = -100  # torch's cross_entropy leaves such targets out
+IGNORED = -100  # a target that is not predicted: torch's cross_entropy leaves it out
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Sampler:
         rows = list(rows)
         shape = (len(rows), self.length)
         tokens = np.full(shape, self.shards.tokenizer["end"], np.int64)
-        targets = np.full(shape, IGNORE, np.int64)
+        targets = np.full(shape, IGNORED, np.int64)
         positions = np.empty(shape, np.int64)
         named = []
         for r, pieces in enumerate(rows):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lrcompile.errors import TrainError
-from lrcompile.train.data.sources import sha256
+from lrcompile.files import sha256
 from lrcompile.train.data.tokens import check_saved
 
 FORMAT = "lrcompile-shards-1"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import glob
-import hashlib
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lrcompile.errors import MissingLibraryError, TrainError
+from lrcompile.files import sha256
 from lrcompile.train.data import packages
 
 log = logging.getLogger("lrcompile")
@@ -56,16 +56,6 @@ class Row:
     values: dict[str, Any]
     where: str
     done: int
-
-
-def sha256(*files: Path) -> str:
-    """Of the files' bytes, one file after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def find_sources(sources: Sequence[str | os.PathLike[str]]) -> list[Source]:
@@ -216,15 +206,15 @@ def _parquet(path: Path, fields: Sequence[str]) -> tuple[list[str], Iterator[Any
     library = _library("pyarrow.parquet")
     try:
         file = library.ParquetFile(path)
-    except Exception as error:  # pyarrow's own classes are not importable without it
-        raise TrainError(f"{path} is no parquet file, or a truncated one: {error}") from error
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise TrainError(f"{path} is no parquet file, or a truncated one ({error}); copy it again") from error
 
     def batches() -> Iterator[Any]:
         try:
             for batch in file.iter_batches(batch_size=1024, columns=list(fields)):
                 yield batch.to_pydict()
-        except OSError as error:
-            raise TrainError(f"{path} can't be read to its end: {error}") from error
+        except (OSError, ValueError) as error:  # damaged pages; strings that are not UTF-8
+            raise TrainError(f"{path} can't be read to its end ({error}); copy or write it again") from error
 
     return file.schema_arrow.names, batches(), file.metadata.num_rows
 
@@ -235,7 +225,7 @@ def _dataset(path: Path, fields: Sequence[str]) -> tuple[list[str], Iterator[Any
     except MissingLibraryError:
         raise
     except Exception as error:  # whatever a damaged arrow file makes datasets raise
-        raise TrainError(f"{path} can't be read by datasets.load_from_disk: {error}") from error
+        raise TrainError(f"{path} can't be read by datasets.load_from_disk ({error}); save it again") from error
     _require(fields, data.column_names, str(path))
     return data.column_names, data.with_format(None).select_columns(list(fields)).iter(batch_size=1024), len(data)
 

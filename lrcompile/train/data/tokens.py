@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lrcompile.errors import MissingLibraryError, TrainError
+from lrcompile.files import commit
 
 KINDS = '"bytes", a tokenizer.json or a directory that holds one, a Hugging Face directory, a GGUF file, or "bpe:SIZE"'
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -107,9 +108,7 @@ class Json(Tokenizer):
     def save(self, folder: Path) -> None:
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._end_token}
         for name, text in ((SETTINGS, json.dumps(settings, indent=1)), (FILE, self._text)):
-            partial = folder / f"{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, folder / name)
+            commit(folder / name, text.encode())
 
 
 def load_tokenizer(source: str | os.PathLike[str], end_token: str | None = None) -> Tokenizer:
@@ -239,12 +238,18 @@ def _names_bytes(folder: Path) -> bool:
 
 
 def _declared_end(folder: Path) -> str | None:
-    """The eos_token that the files beside a tokenizer.json name."""
-    for name in (SETTINGS, "special_tokens_map.json"):
-        try:
-            told = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
-        except (OSError, ValueError, AttributeError):
+    """The eos_token that the files beside a tokenizer.json name.
+
+    Raises:
+        TrainError: one of them is there and can't be read: it may name another.
+    """
+    for file in (folder / SETTINGS, folder / "special_tokens_map.json"):
+        if not file.exists():
             continue
+        try:
+            told = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
+        except (OSError, ValueError, AttributeError) as error:
+            raise TrainError(f"{file} can't be read ({error}), which may name the end token; copy it again") from error
         if isinstance(told, dict):
             told = told.get("content")
         if isinstance(told, str):

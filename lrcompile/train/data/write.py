@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lrcompile.errors import TrainError
+from lrcompile.files import commit
 from lrcompile.train.data.shards import FORMAT, INDEX, checksum, identity
 from lrcompile.train.data.tokens import Tokenizer
 
@@ -71,21 +71,6 @@ class Part:
 
 def commit_json(file: Path, told: Any) -> None:
     commit(file, (json.dumps(told, indent=1) + "\n").encode())
-
-
-def commit(file: Path, data: bytes) -> None:
-    """A file that is there whole or not at all, whatever dies when."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 @contextmanager
