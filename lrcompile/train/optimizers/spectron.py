@@ -32,7 +32,8 @@ class Spectron(Divided):
 
     What is the paper's by its abstract: orthogonalised steps whose effect on the product is bounded by the sides' current
     spectral norms. The formulas follow an unmerged draft (NVIDIA-NeMo/Emerging-Optimizers, pull request 104), and were
-    not compared with the paper's own. Ours are the scale s, the limit ρ <= 1, the fixed vector, and Nesterov's momentum.
+    not compared with the paper's own. Ours are the scale s, the limit ρ <= 1, where the power iteration starts and how many
+    steps it takes, Nesterov's momentum, and that no side decays.
 
     There is no weight decay of a side, which would penalise the nuclear norm: see product_decay.py. On parameters that
     `fully_shard` has cut the work is divided among the ranks (divided.py). State of each side, float32: `momentum`, its
