@@ -179,8 +179,8 @@ def test_the_loss_of_chunks_is_that_of_whole_logits(monkeypatch: pytest.MonkeyPa
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
         model.zero_grad(set_to_none=True)
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    for one, other in zip(*results, strict=True):  # rounding of sums in another order; 3e-7 is seen
+        assert (one - other).abs().max() <= 2e-6 * one.abs().max()
 
 
 def test_a_contender_that_fails_is_told_and_the_others_stand(

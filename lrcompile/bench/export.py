@@ -20,6 +20,7 @@ from torch import nn
 
 import lrcompile
 from lrcompile import Recipe
+from lrcompile.bench.results import load
 from lrcompile.train.materialise import allocate
 from lrcompile.words import size
 
@@ -118,5 +119,5 @@ def _rates(config: Any, folder: Path, tokens: int, turns: int) -> Table:
             rate, read = statistics.median(rates[name]), statistics.median(reads[name])
             table.add_row(form, name, size(files[name]), f"{rate:.1f}", f"{read * 1e3:.0f}", f"{rate / dense:.2f}x")
     table.title = f"Llama of {config.num_hidden_layers} layers x {config.hidden_size}, {os.cpu_count()} cores"
-    table.title += f", load {os.getloadavg()[0]:.1f}; linear weights compressed"
+    table.title += f", load {load()}; linear weights compressed"
     return table

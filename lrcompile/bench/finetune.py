@@ -139,7 +139,7 @@ def measure(job: Job) -> Row:
     torch.manual_seed(0)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     config = LLAMA_TINY if job.quick else LLAMA_8B
-    model, inner = (_peft if job.theirs else _ours)(job, config, device)
+    model, inner = _peft(config, device) if job.theirs else _ours(job, config, device)
     row = Row(job.name, built_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None)
     trained = [p for p in model.parameters() if p.requires_grad]
     row.trained = sum(p.numel() for p in trained)
@@ -186,7 +186,7 @@ def _ours(job: Job, config: dict[str, Any], device: torch.device) -> tuple[nn.Mo
     return made.model.train(), made.model
 
 
-def _peft(job: Job, config: dict[str, Any], device: torch.device) -> tuple[nn.Module, Any]:
+def _peft(config: dict[str, Any], device: torch.device) -> tuple[nn.Module, Any]:
     """QLoRA at its thriftiest: nothing cast to float32 but the pairs."""
     import bitsandbytes as bnb
     from peft import LoraConfig, get_peft_model  # the extra "examples"

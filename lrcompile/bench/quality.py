@@ -78,11 +78,7 @@ class Comparison:
         if not outcome.runs:
             return  # every rate diverged
         for seed in seeds:
-            done = self._train(variant, variant.chosen(outcome.choice), outcome.choice, seed)
-            if done is None:
-                outcome.diverged.append(seed)
-            else:
-                outcome.runs.append(done)
+            self._add(outcome, variant.chosen(outcome.choice), seed)
 
     def _longer(self, variant: Variant) -> None:
         assert variant.like is not None and variant.budget is not None
@@ -98,11 +94,14 @@ class Comparison:
                 steps = load_resolved(config).steps
             else:
                 steps = round(run.steps * dense.cost(variant.budget) / like.cost(variant.budget))
-            done = self._train(variant, replace(run, steps=steps), like.choice, seed)
-            if done is None:
-                outcome.diverged.append(seed)
-            else:
-                outcome.runs.append(done)
+            self._add(outcome, replace(run, steps=steps), seed)
+
+    def _add(self, outcome: Outcome, run: Run, seed: int) -> None:
+        done = self._train(outcome.variant, run, outcome.choice, seed)
+        if done is None:
+            outcome.diverged.append(seed)
+        else:
+            outcome.runs.append(done)
 
     def _place(self, variant: Variant, choice: Choice, seed: int) -> Path:
         return self.out / variant.name / label(choice) / f"seed{seed}"

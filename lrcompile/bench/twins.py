@@ -32,6 +32,8 @@ from lrcompile.train.settings import Run
 BUDGETS = ("flops", "seconds")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
+_COMMON = ("steps", "batch", "seed", "data", "out")  # settings that all variants share
+
 Choice = dict[str, Any]  # dotted name of a setting -> its value
 
 
@@ -145,12 +147,12 @@ def _variant(
                 f"{where}: it is like {like}, and changes the number of steps alone; leave {', '.join(table) or 'grid'} out"
             )
         return Variant(name, before[like].run, like=like, budget=budget)
-    fixed = [key for key in ("steps", "batch", "seed", "data", "out") if key in table]
+    fixed = [key for key in _COMMON if key in table]
     if fixed:
         raise TrainError(f"{where}: {', '.join(fixed)} must be the same for all; set it under run")
     variant = Variant(name, changed(base, table, where), _choices(grid, where))
     for choice in variant.grid:
-        if any(key.partition(".")[0] in ("steps", "batch", "seed", "data", "out") for key in choice):
+        if any(key.partition(".")[0] in _COMMON for key in choice):
             raise TrainError(f"{where}: the grid can't change what must be the same for all: {', '.join(choice)}")
         variant.chosen(choice).recipe.make()
     return replace(variant, grid=variant.grid[:2]) if quick else variant

@@ -126,6 +126,8 @@ class Optimizer(Strict):
     """Decay of a pair's product, shared between its factors."""
     momentum: float = 0.95
     """Of spectron and muon."""
+    nesterov: bool = False
+    """Of spectron: what is orthogonalised looks ahead to this step's gradient, as muon's always does."""
 
     def __post_init__(self) -> None:
         _need(_positive(self.lr), "optimizer.lr", self.lr, "must be above 0, as 3e-4")
@@ -133,6 +135,8 @@ class Optimizer(Strict):
         _need(factor_lr, "optimizer.factor_lr", self.factor_lr, "must be above 0; leave it out for lr")
         matrix_lr = self.matrix_lr is None or (_positive(self.matrix_lr) and self.name == "muon")
         _need(matrix_lr, "optimizer.matrix_lr", self.matrix_lr, "is muon's, and must be above 0; leave it out for lr")
+        nesterov = not self.nesterov or self.name == "spectron"
+        _need(nesterov, "optimizer.nesterov", self.nesterov, "is spectron's; leave it out (muon always looks ahead)")
         shares = all(0 <= beta < 1 for beta in self.betas)
         _need(shares, "optimizer.betas", self.betas, "must both be at least 0 and below 1, as [0.9, 0.95]")
         _need(_positive(self.eps), "optimizer.eps", self.eps, "must be above 0")
@@ -146,8 +150,8 @@ class Schedule(Strict):
     """The learning rate over the steps, as a share of optimizer.lr."""
 
     name: Literal["cosine", "wsd", "constant", "linear"] = "cosine"
-    """After the warm-up: cosine or linear from 1 down to `final`; wsd: 1, and linear down over the last `decay` of the steps;
-    constant: 1."""
+    """After the warm-up: cosine or linear from 1 down to `final`; wsd: 1, and down over the last `decay` of the steps as
+    1 - √share (2405.18392); constant: 1."""
     warmup: int = 100
     """Steps of linear warm-up."""
     final: float = 0.1

@@ -144,6 +144,7 @@ class Started:
             weight_decay=chosen.weight_decay,
             product_decay=chosen.product_decay,
             momentum=chosen.momentum,
+            nesterov=chosen.nesterov,
         )
         shape = run.schedule
         self.rate = schedule(shape.name, steps=run.steps, warmup=shape.warmup, final=shape.final, decay=shape.decay)

@@ -108,6 +108,8 @@ def test_groups() -> None:
     spectron, rest = optimizers(model, "spectron", lr=1e-3, factor_lr=0.02, momentum=0.9)
     assert isinstance(spectron, Spectron) and isinstance(rest, torch.optim.AdamW)
     assert [(g["lr"], g["momentum"], len(g["params"])) for g in spectron.param_groups] == [(0.02, 0.9, 8)]
+    assert not spectron.param_groups[0]["nesterov"]
+    assert optimizers(model, "spectron", lr=1e-3, nesterov=True)[0].param_groups[0]["nesterov"]
     muon, rest = optimizers(model, "muon", lr=1e-3, factor_lr=0.02, matrix_lr=0.01, weight_decay=0.2)
     assert [(g["lr"], g["weight_decay"]) for g in muon.param_groups] == [(0.02, 0.0), (0.01, 0.2)]
     assert names_of(model, rest.param_groups[0]["params"]) == {"head.weight"}
@@ -181,7 +183,7 @@ def test_muon_is_torchs(shape: tuple[int, int]) -> None:
         torchs.step()
     moved = (theirs - 0.1).norm()
     assert moved > 0.1
-    assert (ours - theirs).norm() < 0.03 * moved  # five products in bfloat16 each
+    assert (ours - theirs).norm() < 0.03 * moved  # fifteen products in bfloat16 a step; 0.016 is seen
 
 
 # --- decay of products ------------------------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ def test_8_bits_follow_adamw() -> None:
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(32, 64)
     made = [optimizers(m, name, lr=1e-3)[0] for m, name in ((ours, "adamw8bit"), (theirs, "adamw"))]
-    start = x @ ours[0].weight.detach().T
+    start = ours[0].weight.detach().clone()
     for step in range(10):
         for model, optimizer in zip((ours, theirs), made, strict=True):
             for group in optimizer.param_groups:
@@ -244,9 +246,8 @@ def test_8_bits_follow_adamw() -> None:
             (model(x) - x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-    moved = (x @ theirs[0].weight.detach().T - start).norm()
-    assert (ours[0].weight - theirs[0].weight).norm() < 0.1 * (theirs[0].weight - ours[0].weight.mean()).norm()
-    assert (x @ ours[0].weight.detach().T - start).norm() == pytest.approx(float(moved), rel=0.05)
+    # The state's 8 bits: 1.3% of the way is seen, with any of six seeds.
+    assert (ours[0].weight - theirs[0].weight).norm() < 0.02 * (theirs[0].weight - start).norm()
     assert any(type(v).__name__ == "OptimState8bit" for s in made[0].state.values() for v in s.values())
     again = optimizers(ours, "adamw8bit", lr=1.0)[0]
     again.load_state_dict(made[0].state_dict())

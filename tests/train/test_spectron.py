@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lrcompile.errors import TrainError
-from lrcompile.train.optimizers import Spectron, schedule
+from lrcompile.train.optimizers import Spectron, schedule, spectron
 from lrcompile.train.optimizers.orthogonal import QUINTIC, fixed_vector, largest_singular_value, orthogonalise
 
 
@@ -35,11 +35,13 @@ def test_orthogonalise(shape: tuple[int, int]) -> None:
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     found = orthogonalise(matrix)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), u * band(s / s.norm()) @ vh, rtol=0, atol=1e-4)
+    # Rounding in float32: 1e-6 is seen.
+    torch.testing.assert_close(found.double(), u * band(s / s.norm()) @ vh, rtol=0, atol=1e-5)
     values = torch.linalg.svdvals(found.double())
-    assert values.max() <= TOP + 1e-4
+    assert values.max() <= TOP + 1e-5
     assert values[s / s.norm() > 3e-3].min() > 0.68
-    torch.testing.assert_close(orthogonalise(matrix * 1e-4), found, rtol=0, atol=1e-4)  # whatever its size
+    torch.testing.assert_close(orthogonalise(matrix * 1e-4), found, rtol=0, atol=1e-5)  # whatever its size
+    # Fifteen products in bfloat16, of eight bits each; 3% is the most that was seen.
     assert orthogonalise(matrix, torch.bfloat16).sub(found).norm() < 0.05 * found.norm()
 
 
@@ -54,6 +56,7 @@ def test_orthogonalise_at_the_edges() -> None:
 def test_largest_singular_value(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape)
     exact = torch.linalg.svdvals(matrix.double()).max().item()
+    # Thirty steps come within 1% of these; of 50 other draws of (8, 100), 5% below is the worst.
     cold, u = largest_singular_value(matrix, fixed_vector(0, shape[0], shape[0], matrix.device), 30)
     assert 0.99 * exact <= cold <= exact * (1 + 1e-6)
     warm, u = largest_singular_value(matrix * 1.01, u, 3)  # as the matrix moves
@@ -86,7 +89,7 @@ def test_a_step_changes_the_product_by_no_more_than_the_rate(size: float, scale:
             a.grad, b.grad = torch.randn_like(a) * 7, torch.randn_like(b) * 1e-3
             optimizer.step()
             change = torch.linalg.matrix_norm(scale * b.detach().double() @ a.detach().double() - before, 2).item()
-            # The paper's bound; beyond it the band of Newton-Schulz, and power iteration's 1%.
+            # The bound; beyond it the band of Newton-Schulz, and the 1% that power iteration lacks of these matrices.
             rho = min(1.0, 1.01 * lr / (abs(scale) * (sigma + 1)))
             assert change <= abs(scale) * (rho * TOP * sigma + rho**2 * TOP**2) * (1 + 1e-4)
             assert change <= lr * TOP**2 * 1.02
@@ -107,7 +110,11 @@ def plain_step(a, b, grads, momenta, lr, beta, scale, nesterov):
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_against_a_plain_statement(scale: float, nesterov: bool) -> None:
+def test_against_a_plain_statement(scale: float, nesterov: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("COLD", "WARM"):
+        monkeypatch.setattr(
+            spectron, name, 1000
+        )  # the singular values to the last digit, as the plain statement has them
     a, b = pair()
     optimizer = Spectron([{"params": [a, b], "scales": [scale]}], lr=0.05, momentum=0.9, nesterov=nesterov)
     x, y = a.detach().double(), b.detach().double()
@@ -117,8 +124,9 @@ def test_against_a_plain_statement(scale: float, nesterov: bool) -> None:
         a.grad, b.grad = grads[0].float(), grads[1].float()
         optimizer.step()
         x, y = plain_step(x, y, grads, momenta, 0.05, 0.9, scale, nesterov)
-    torch.testing.assert_close(a.detach().double(), x, rtol=0, atol=2e-4)
-    torch.testing.assert_close(b.detach().double(), y, rtol=0, atol=2e-4)
+    # Rounding of numbers about one in float32, over eight steps; 2e-7 is seen.
+    torch.testing.assert_close(a.detach().double(), x, rtol=0, atol=2e-6)
+    torch.testing.assert_close(b.detach().double(), y, rtol=0, atol=2e-6)
 
 
 def worst_of_two(make, steps: int = 100) -> float:

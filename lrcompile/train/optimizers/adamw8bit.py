@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lrcompile.errors import MissingLibraryError
-from lrcompile.train.optimizers.divided import local
+from lrcompile.train.optimizers.divided import evaluated, local
 
 
 def adamw8bit(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
@@ -33,10 +33,7 @@ def adamw8bit(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: 
     class OnShards(AdamW8bit):
         @torch.no_grad()
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
+            loss = evaluated(closure)
             update = torch.compile(single_param_adam, fullgraph=True, dynamic=False)
             with torch._dynamo.utils.disable_cache_limit():  # one variant a shape, a number that doesn't grow
                 for group in self.param_groups:

@@ -175,19 +175,25 @@ def _exchange(
     return [[next(pieces).view(rows, width) for rows, width in shapes] for shapes in due]
 
 
-class Divided(torch.optim.Optimizer):
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """What a closure returns, computed with gradients, as a step of torch's begins; None where there is no closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+class Divided(torch.optim.Optimizer, ABC):
     """An optimizer whose step is jobs, which are divided among the ranks; its state stays float32, whatever the parameters."""
 
+    @abstractmethod
     def jobs(self) -> Iterator[Job]:
-        raise NotImplementedError
+        """The jobs of one step, the same on every rank of a group."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what the closure does."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         divide(list(self.jobs()))
         return loss
 

@@ -36,6 +36,7 @@ def optimizers(
     weight_decay: float = 0.1,
     product_decay: float = 0.0,
     momentum: float = 0.95,
+    nesterov: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """Optimizers that between them hold each trainable parameter of a model once, with the groups that pairs need.
 
@@ -63,6 +64,7 @@ def optimizers(
         weight_decay: of dense matrices, decoupled.
         product_decay: of the pairs' products, decoupled.
         momentum: Muon's and Spectron's.
+        nesterov: Spectron's; Muon's momentum always looks ahead.
 
     Raises:
         TrainError: an unknown name; nothing to train; "spectron" for a model without trainable pairs.
@@ -89,7 +91,7 @@ def optimizers(
 
     made: list[torch.optim.Optimizer] = []
     if name == "spectron":
-        made.append(Spectron(pairs, momentum=momentum))
+        made.append(Spectron(pairs, momentum=momentum, nesterov=nesterov))
         others = sides + hidden + rest
     elif name == "muon":
         matrices = pairs + sides + _group(found.hidden, lr if matrix_lr is None else matrix_lr, weight_decay)

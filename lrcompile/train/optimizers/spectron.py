@@ -16,19 +16,24 @@ WARM, COLD = 3, 30  # steps of power iteration from the last vector, and from th
 
 
 class Spectron(Divided):
-    """Spectral renormalisation with orthogonalisation for W = Q + s·B·A (arXiv 2602.12429, Algorithm 1).
+    """Spectral renormalisation with orthogonalisation for W = Q + s·B·A, after arXiv 2602.12429.
 
     With G the gradient of a side, and for both sides alike::
 
         M <- β M + (1 - β) G                    momentum, a mean
         O  = orthogonalise(M)                   five Newton-Schulz steps, ‖O‖₂ about 1 (at most 1.21)
         σ  = ‖A‖₂ + ‖B‖₂                        power iteration, warm-started
-        ρ  = min(1, η / (|s| (σ + 1)))          the paper's with s = 1 and η <= 1
+        ρ  = min(1, η / (|s| (σ + 1)))
         A <- A - ρ O_A,   B <- B - ρ O_B
 
-    Then ΔW = s(-ρ(B O_A + O_B A) + ρ² O_B O_A), so ‖ΔW‖₂ <= |s| ρ (σ + ρ) <= η, up to the band of Newton-Schulz: one learning
-    rate bounds the change of every product, whatever the sizes of its sides. The paper has neither Nesterov's momentum
-    nor a scale by shape; the learning rate is a spectral norm, hundreds of times AdamW's.
+    Then ΔW = s(-ρ(B O_A + O_B A) + ρ² O_B O_A), so ‖ΔW‖₂ <= |s| ρ (σ + ρ) <= η, up to the band of Newton-Schulz
+    and what power iteration lacks of σ (at most 5% in what was tried, at a first step): one learning rate bounds the change
+    of every product, whatever the sizes of its sides. It is a spectral norm, hundreds of times AdamW's.
+
+    What is the paper's by its abstract: orthogonalised steps whose effect on the product is bounded by the sides' current
+    spectral norms. The formulas follow an unmerged draft (NVIDIA-NeMo/Emerging-Optimizers, pull request 104), and were
+    not compared with the paper's own. Ours are the scale s, the limit ρ <= 1, where the power iteration starts and how many
+    steps it takes, Nesterov's momentum, and that no side decays.
 
     There is no weight decay of a side, which would penalise the nuclear norm: see product_decay.py. On parameters that
     `fully_shard` has cut the work is divided among the ranks (divided.py). State of each side, float32: `momentum`, its
