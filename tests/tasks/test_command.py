@@ -135,6 +135,7 @@ def test_errors_tell_what_to_do(home: Path, data: Path, tmp_path: Path, monkeypa
         ((tmp_path, *rest), "has no config.json"),
         ((dense, *rest, "--tokenizer", tmp_path), "no tokenizer can be read from"),
         ((dense, *rest, "--adapter", tmp_path), "holds no adapter"),
+        ((dense, *rest, "--tokenizer", dense / "absent"), "from .*absent: it doesn't exist; give its directory"),
         ((dense, *rest, "--adapter", home / "trained"), "needs its bases"),
     ]:
         with pytest.raises(LrcompileError, match=told):
