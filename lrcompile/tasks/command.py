@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +94,9 @@ def _run(args: argparse.Namespace) -> int:
 def _device(name: str | None) -> Any:
     import torch
 
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         torch.empty(1, device=device)
     except Exception as error:
         lines = str(error).splitlines()
@@ -106,15 +106,16 @@ def _device(name: str | None) -> Any:
 
 def to_json(scores: Sequence[Score]) -> dict[str, Any]:
     """Figures of every task, the means of the two groups, and the versions that made them."""
+    import lm_eval
+    import torch
+    import transformers
+
+    from lrcompile import __version__
     from lrcompile.tasks.harness import mean_of
 
     means = {group: mean for group in ("financial", "general") if (mean := mean_of(scores, group)) is not None}
-    versions: dict[str, str | None] = {}
-    for library in ("lrcompile", "lm-eval", "transformers", "torch"):
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:  # run from a checkout that isn't installed
-            versions[library] = None
+    versions = {"lrcompile": __version__, "lm-eval": lm_eval.__version__}
+    versions |= {"transformers": transformers.__version__, "torch": torch.__version__}
     return {"tasks": {score.task: score.to_dict() for score in scores}, "means": means, "versions": versions}
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from lrcompile.errors import EvalError, MissingLibraryError
-from lrcompile.tasks.financial import ENTITIES
 from lrcompile.tasks.metrics import first_named, macro_f1, macro_f1_error, token_f1, words
 from lrcompile.tasks.rows import Row
 from lrcompile.tasks.table import TASKS, check_names, read_rows
@@ -216,7 +215,7 @@ def _named(doc: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
     """The label named first counts. FinLoRA asks that the right one stands anywhere, which listing them all would meet."""
     right = doc["choices"][doc["answer"]]
     contains = float(right.lower() in results[0].lower())
-    return _classes(right, first_named(results[0], ENTITIES)) | {"contains": contains}
+    return _classes(right, first_named(results[0], doc["choices"])) | {"contains": contains}
 
 
 def _written(doc: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:

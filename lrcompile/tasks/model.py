@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lrcompile.errors import EvalError
-from lrcompile.sources import KINDS, load_source
+from lrcompile.sources import load_source
 from lrcompile.weights.adapters import ADAPTER, load_adapter
 from lrcompile.weights.peft_load import load_peft
 from lrcompile.weights.state import MODEL, load
@@ -38,7 +37,8 @@ def load_model(
         device: where to.
 
     Raises:
-        EvalError: one of them is missing, is something else, or is no causal language model.
+        LrcompileError: there is no such model, or it can't be read.
+        EvalError: one of the others is missing or is something else, or the model is no causal language model.
         StateError: what was saved is damaged or belongs to another model.
     """
     model = load_weights(source, base=base, adapter=adapter, device=device)
@@ -80,27 +80,13 @@ def load_weights(
 def _dense(source: str, bare: bool) -> tuple[Any, Any]:
     """bare: values come later, a config.json is enough."""
     path = Path(source)
-    if path.suffix == ".json" and path.is_file():
-        if not bare:
-            raise EvalError(f"{source} has no weights; give a Hugging Face model directory, a GGUF file or {_SAVED}")
-        return _from_config(path), None
-    if not path.exists() and (":" not in source or os.sep in source):
-        raise EvalError(f"no such file or directory: {source}; give {KINDS.split(', ')[0]}, a GGUF file, or {_SAVED}")
-    model, inputs = load_source(source)
+    if path.suffix == ".json" and path.is_file() and not bare:
+        raise EvalError(f"{source} has no weights; give a Hugging Face model directory, a GGUF file or {_SAVED}")
+    # Not on meta: buffers that no state dict holds, such as rotary frequencies, would stay there.
+    model, inputs = load_source(source, device=None)
     if not getattr(model, "can_generate", lambda: False)():
         raise EvalError(f"{source} is no causal language model: it is a {type(model).__name__}")
     return model, inputs
-
-
-def _from_config(path: Path) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        # Not on meta: buffers that no state dict holds, such as rotary frequencies, would stay there.
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        return AutoModelForCausalLM.from_config(config)
-    except Exception as error:
-        raise EvalError(f"{path}: {error}") from error
 
 
 def load_tokenizer(source: str) -> Any:
@@ -112,6 +98,10 @@ def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     path = Path(source)
+    if not path.exists():  # its parent, where another tokenizer may lie, isn't what was meant
+        raise EvalError(
+            f"no tokenizer can be read from {source}: it doesn't exist; give its directory with --tokenizer"
+        )
     gguf = path.name if path.suffix == ".gguf" else None
     folder = path if path.is_dir() else path.parent
     try:

@@ -26,6 +26,13 @@ _SHARE = 0.005  # of the time that may go into drawing
 _COLUMNS = 100
 
 
+class Screen(Console):
+    """A console that tells of a pipe whose reader left, where rich's own would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # called where the BrokenPipeError is caught
+
+
 class Display(Protocol):
     """Where a RunLog shows things."""
 
@@ -42,7 +49,7 @@ class Display(Protocol):
 
 def display(title: str, steps: int, first: int, live: bool, every: int, console: Console | None) -> Display:
     """The panel where it is asked for and stdout is a terminal that can move its cursor and draw; else plain lines."""
-    console = console or Console()
+    console = console or Screen()
     # ascii_only: an encoding that is no UTF, in which bars and a sample's text would end the run.
     if live and console.is_terminal and not console.is_dumb_terminal and not console.options.ascii_only:
         return Panelled(title, steps, first, console)

@@ -53,7 +53,7 @@ def png(runs: Sequence[History]) -> bytes:
         MissingLibraryError: matplotlib isn't installed.
     """
     with _picture(13.5, 7.4) as (figure, out):
-        axes = figure.subplots(2, 3, sharey=False)
+        axes = figure.subplots(2, 3)
         for place, (axis, label) in zip(
             axes[0], (("step", "steps"), ("tokens", "tokens"), ("seconds", "seconds")), strict=True
         ):
@@ -116,14 +116,12 @@ def _picture(width: float, height: float) -> Iterator[tuple[Any, io.BytesIO]]:
     """An empty figure, in inches, and where it is saved to once it is drawn."""
     try:
         import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingLibraryError("the picture needs matplotlib: pip install 'lrcompile[train]'") from error
     out = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
         figure: Any = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         yield figure, out
         figure.savefig(out, format="png", dpi=130)

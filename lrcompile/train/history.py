@@ -169,17 +169,15 @@ def compare(runs: Sequence[History]) -> list[tuple[str, list[str]]]:
     """
     rows: list[tuple[str, list[str]]] = [("steps", [f"{run.step[-1]:,}" for run in runs])]
     rows.append(("tokens", [_write(run.tokens[-1], count) for run in runs]))
-    if (seconds := [run.seconds[-1] for run in runs]) and any(map(math.isfinite, seconds)):
-        rows.append(("seconds of training", [_write(s, lambda x: f"{x:,.1f}") for s in seconds]))
+    rows.append(("seconds of training", [_write(run.seconds[-1], lambda x: f"{x:,.1f}") for run in runs]))
     rows.append((f"training loss, last {LAST} steps", _gaps([run.final_loss for run in runs])))
     if any(run.bad_steps.size for run in runs):
         rows.append(("steps with a loss that isn't finite", [f"{run.bad_steps.size:,}" for run in runs]))
     evaluated = [run.held_out for run in runs if len(run.held_out)]
-    if evaluated:
-        rows.append(
-            ("held-out loss, last", _gaps([run.held_out[-1, 1] if len(run.held_out) else math.nan for run in runs]))
-        )
-        rows.append(("held-out loss, lowest", _gaps([run.held_out[:, 1].min(initial=math.inf) for run in runs])))
+    rows.append(
+        ("held-out loss, last", _gaps([run.held_out[-1, 1] if len(run.held_out) else math.nan for run in runs]))
+    )
+    rows.append(("held-out loss, lowest", _gaps([run.held_out[:, 1].min(initial=math.inf) for run in runs])))
     if len(evaluated) > 1:
         for axis, write in (("tokens", lambda x: f"{count(x)} tokens"), ("seconds", lambda x: f"{x:,.0f} s")):
             ends = [run.at(run.held_out[-1:, 0], axis)[0] for run in runs if len(run.held_out)]

@@ -17,6 +17,7 @@ reason to stop: the display ends and the log says so.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 from pathlib import Path
 from types import TracebackType
@@ -155,12 +156,8 @@ class RunLog:
         if self._rank:
             return
         atexit.unregister(self.close)
-        shown, self._display = self._display, None
         try:
-            if shown is not None:
-                shown.close()
-        except OSError:
-            pass  # the terminal is gone: there is nothing left to restore
+            self._end_display()
         finally:
             board, self._board = self._board, None
             if board is not None:
@@ -196,18 +193,19 @@ class RunLog:
                 self._board.add_scalar(f"{group}/{name}", value, step)
 
     def _show(self, what: str, *told: Any) -> None:
-        shown = self._display
-        if shown is None:
+        if self._display is None:
             return
         try:
-            getattr(shown, what)(*told)
+            getattr(self._display, what)(*told)
         except OSError as error:
-            self._display = None
-            try:
-                shown.close()
-            except OSError:
-                pass
+            self._end_display()
             self.event(f"nothing more is displayed: {error.strerror}")
+
+    def _end_display(self) -> None:
+        shown, self._display = self._display, None
+        if shown is not None:
+            with contextlib.suppress(OSError):  # the terminal is gone: there is nothing left to restore
+                shown.close()
 
 
 def _board_writer() -> Any:

@@ -81,11 +81,12 @@ def _write(out: Path | None, runs: Sequence[History]) -> list[Path]:
 
 
 def _terminal_table(runs: Sequence[History]) -> Any:
-    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False, header_style="bold")
+    from lrcompile.show import PLAIN
+
+    table = Table(**PLAIN)
     table.add_column("")
     for run in runs:
         table.add_column(Text(run.name), justify="right", overflow="fold")

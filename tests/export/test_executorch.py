@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import lrcompile
+from lrcompile.cli import main
 from lrcompile.errors import EvalError, ExportError
 
 from .helpers import VOCABULARY, after, learnt, tiny
@@ -251,3 +252,10 @@ def test_smollm2(tmp_path: Path) -> None:
             assert (program.logits(tokens, position) - eager).abs().max() <= rounding
             assert int(eager.argmax()) == token or eager.max() - eager[token] <= 2 * rounding  # as good as even
             position, tokens = position + len(tokens), [token]
+
+
+@pytest.mark.slow
+def test_the_bench_runs(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "export", "--quick"]) == 0
+    told = capfd.readouterr().out
+    assert told.count("2.64x") == 2 and "8da4w" in told

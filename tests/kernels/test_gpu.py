@@ -67,8 +67,10 @@ def test_training_goes_the_same_way(op: str):
         ours = train(OPS[op], torch.bfloat16, "cuda")
     theirs = train(unfused, torch.bfloat16, "cuda")
     assert theirs[-1] < 0.5 * theirs[0]
-    # Every step rounds weights to bf16, 2^-8 of each: what rounds the other way once stays apart over 20 steps.
-    torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=0)
+    # Both round to bf16, 2^-9 of a number at most, and a weight that went the other way once stays apart. The unfused losses
+    # on a CPU are 6e-4 apart with the intermediate rounded or kept in fp32, and 2e-3 from a training in fp32 alone, which
+    # bounds what rounding does here; 5 times that.
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("op", OPS)

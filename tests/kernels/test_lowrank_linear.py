@@ -141,7 +141,7 @@ def test_training_goes_the_same_way(on_h100: None, op: str):
         ours = train(OPS[op], torch.float32)
     theirs = train(unfused, torch.float32)
     assert theirs[-1] < 0.5 * theirs[0]
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)  # 20 steps of fp32 sums in another order: 2e-7 seen
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)  # 20 steps of fp32 sums in another order: 1.4e-7 seen
 
 
 SHAPES = [(4, 8), (0, 8), (1, 8), (2, 3, 8), (8,)]

@@ -119,8 +119,9 @@ def test_five_steps_on_real_text(case):
 
 @both
 def test_save_load_and_the_way_back(case, tmp_path):
-    # With SmolLM2's first layer cut, the fp32 outputs of the pairs are 1.5e-4 away from their own in fp64.
-    tolerance = 1e-4 if case is MINILM else 1e-3
+    # Seen: 1.0e-6 and 2.6e-4. With SmolLM2's first layer cut, the fp32 outputs of the pairs are 1.5e-4 away from their own
+    # in fp64.
+    tolerance = 1e-5 if case is MINILM else 1e-3
     check_saved_state(case, tmp_path / "saved", Recipe(include=SOME[case.name]), tolerance)
 
 

@@ -76,8 +76,9 @@ def test_every_task_in_a_table_and_json(
         shown = score["macro_f1"] if score["macro_f1"] is not None else score["more"]["token_f1"]
         figures = [float(x) for x in re.findall(r"\d+\.\d", lines[name])]
         expected = [score["accuracy"], score["accuracy_stderr"], shown]
-        assert figures[:3] == pytest.approx([100 * x for x in expected], abs=0.051), name
-        assert Path(score["files"][0]).is_file() and score["rows"] == min(3, score["rows"])
+        # Printed to a tenth, so half of one away at most; the rest is for a float that ends in 5.
+        assert figures[:3] == pytest.approx([100 * x for x in expected], abs=0.05 + 1e-9), name
+        assert Path(score["files"][0]).is_file() and score["rows"] in (2, 3)
     assert set(told["means"]) == {"financial", "general"} and len(told["means"]["general"]["tasks"]) == 5
     assert told["means"]["financial"]["tasks"] == ["fpb", "fiqa", "tfns", "nwgi", "headline", "ner"]
     assert f"{100 * told['means']['financial']['accuracy']:.1f} ± " in next(
@@ -99,7 +100,8 @@ def test_what_lrcompile_saved_and_its_adapter(home: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(alone(**IDS).logits, expected)
         trained, _ = load_model(str(home / "adopted"), base=str(home / "dense"), adapter=str(home / "trained"))
         torch.testing.assert_close(trained(**IDS).logits, torch.load(home / "trained.pt"))
-        assert not torch.allclose(trained(**IDS).logits, expected, atol=0.1)
+        # The adapter moves half of the logits by more than 5.8.
+        assert (trained(**IDS).logits - expected).abs().median() > 1
     assert tokenizer("ab")["input_ids"] == tiny_tokenizer()("ab")["input_ids"]
     assert not trained.training and not any(p.requires_grad for p in trained.parameters())
 
@@ -114,7 +116,7 @@ def test_an_adapter_of_pefts(home: Path, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     ours, _ = load_model(str(home / "dense"), adapter=str(tmp_path))
     with torch.no_grad():
-        torch.testing.assert_close(ours(**IDS).logits, theirs(**IDS).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours(**IDS).logits, theirs(**IDS).logits)
     with pytest.raises(LrcompileError, match="is peft's and goes with a dense model"):
         load_model(str(home / "adopted"), base=str(home / "dense"), adapter=str(tmp_path))
 
@@ -135,6 +137,7 @@ def test_errors_tell_what_to_do(home: Path, data: Path, tmp_path: Path, monkeypa
         ((tmp_path, *rest), "has no config.json"),
         ((dense, *rest, "--tokenizer", tmp_path), "no tokenizer can be read from"),
         ((dense, *rest, "--adapter", tmp_path), "holds no adapter"),
+        ((dense, *rest, "--tokenizer", dense / "absent"), "from .*absent: it doesn't exist; give its directory"),
         ((dense, *rest, "--adapter", home / "trained"), "needs its bases"),
     ]:
         with pytest.raises(LrcompileError, match=told):

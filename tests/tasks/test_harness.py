@@ -103,7 +103,8 @@ def test_likelihoods_are_those_of_plain_torch(data: Path) -> None:
     asked = [(row.prompt, f" {choice}") for row in rows for choice in row.choices]
     said = lm.loglikelihood([Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(asked)])
     expected = [likelihood(model, tokenizer, *pair) for pair in asked]
-    assert [value for value, _ in said] == pytest.approx(expected, rel=1e-4)
+    # fp32 sums whose order padding changes: 1.7e-7 seen.
+    assert [value for value, _ in said] == pytest.approx(expected, rel=1e-5)
     assert max(expected) - min(expected) > 1, "labels of a model that hardly tells them apart would show nothing"
 
 
@@ -121,22 +122,20 @@ def test_written_answers_are_greedy_up_to_the_end_of_a_line(name: str, data: Pat
     assert max(lengths) == TASKS[name].length > min(lengths), "some go on, some end a line"
 
 
-class Saying:
+def saying(text: str) -> Any:
     """A model of lm-eval's that writes one text, whatever it is asked."""
+    from lm_eval.api.model import LM
 
-    def __new__(cls, text: str) -> Any:
-        from lm_eval.api.model import LM
+    class Fixed(LM):
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            return [text] * len(requests)
 
-        class Fixed(LM):
-            def generate_until(self, requests: list[Any]) -> list[str]:
-                return [text] * len(requests)
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            raise AssertionError
 
-            def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-                raise AssertionError
+        loglikelihood_rolling = loglikelihood
 
-            loglikelihood_rolling = loglikelihood
-
-        return Fixed()
+    return Fixed()
 
 
 def test_what_an_answer_is_worth(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,11 +143,11 @@ def test_what_an_answer_is_worth(data: Path, monkeypatch: pytest.MonkeyPatch) ->
     from lrcompile.tasks import harness
 
     tasks = read_tasks(["ner", "xbrl_term"], data)
-    monkeypatch.setattr(harness, "wrap", lambda *_: Saying(" person, location or organization"))
+    monkeypatch.setattr(harness, "wrap", lambda *_: saying(" person, location or organization"))
     ner, term = evaluate(tiny_model(), tiny_tokenizer(), tasks)
     assert (ner.accuracy, ner.more["contains"], ner.macro_f1) == (0.5, 1.0, pytest.approx(1 / 3))
     assert (term.accuracy, term.more["token_f1"]) == (0.0, 0.0)
-    monkeypatch.setattr(harness, "wrap", lambda *_: Saying(" the cash outflow"))
+    monkeypatch.setattr(harness, "wrap", lambda *_: saying(" the cash outflow"))
     ner, term = evaluate(tiny_model(), tiny_tokenizer(), tasks)
     assert (ner.accuracy, ner.more["contains"], ner.macro_f1) == (0.0, 0.0, 0.0)
     assert (term.accuracy, term.more["token_f1"]) == (0.5, 0.5)

@@ -91,7 +91,8 @@ def test_no_text_is_on_two_sides(data: Path) -> None:
     left = [row.text for row in read_rows("tfns", data, "train")[0]]
     assert left == ["Another tweet"], "nine of its texts are on the test side"
     sides = split([(str(n), n) for n in range(2000)], None)
-    assert len(sides["test"]) == pytest.approx(400, abs=60) and len(sides["validation"]) == pytest.approx(200, abs=50)
+    # The hash is the same everywhere. Expected of the first byte are 51/256 and 26/256: 398 and 203, give or take 18 and 13.
+    assert {side: len(rows) for side, rows in sides.items()} == {"train": 1378, "validation": 208, "test": 414}
     for side in sides.values():
         assert [n for _, n in side] != sorted(n for _, n in side)
 

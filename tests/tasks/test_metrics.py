@@ -31,8 +31,10 @@ def test_its_error_is_the_spread_over_rows_drawn_again() -> None:
     rows = pairs(60, 0)
     draw = random.Random(1)
     spread = np.std([macro_f1(draw.choices(rows, k=len(rows))) for _ in range(2000)])
-    assert macro_f1_error(rows) == pytest.approx(spread, rel=0.1)
+    # Spreads of 1000 and of 2000 draws, off by 2.2% and 1.6% (1 / sqrt(2 draws)): together 2.7%, and 2.6% seen.
+    assert macro_f1_error(rows) == pytest.approx(spread, rel=0.08)
     assert macro_f1_error(rows) == macro_f1_error(rows)
+    # F1 is a ratio, so that the root's law holds for many rows alone: 60 are 7.8% off.
     assert macro_f1_error(rows * 16) == pytest.approx(spread / 4, rel=0.15), "as the root of the rows"
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from lrcompile.errors import MissingLibraryError, TrainError
 from lrcompile.train import lines
-from lrcompile.train.display import Curve, Panelled, Plain, clock, printable
+from lrcompile.train.display import Curve, Panelled, Plain, Screen, clock, printable
 from lrcompile.train.log import RunLog
 
 
@@ -251,16 +251,19 @@ def test_a_directory_that_cant_be_made_is_named(tmp_path: Path) -> None:
 
 
 class Gone(io.StringIO):
-    """A pipe whose reader left after the first line."""
+    """A pipe whose reader left once something was said."""
 
     def write(self, text: str) -> int:
-        if self.tell():
+        if self.tell() > 6:  # two cursor codes of 6 go through, and one line
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
         return super().write(text)
 
 
-def test_a_reader_that_leaves_doesnt_stop_the_run(tmp_path: Path) -> None:
-    with run_log(tmp_path, every=1, console=Console(file=Gone())) as log:
+@pytest.mark.parametrize("live", [False, True])
+def test_a_reader_that_leaves_doesnt_stop_the_run(tmp_path: Path, live: bool) -> None:
+    """The panel goes to a pipe where FORCE_COLOR says that it is a terminal."""
+    console = Screen(file=Gone(), force_terminal=live, width=100, _environ={"TERM": "xterm"})
+    with run_log(tmp_path, live=live, every=1, console=console) as log:
         for i in range(1, 5):
             log.step(i, loss=1.0)
     assert len(told(tmp_path, "step")) == 4
@@ -425,7 +428,7 @@ def test_telling_a_step_costs_little(tmp_path: Path) -> None:
             log.step(i, **FIGURES)
         seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
         frames = out.getvalue().count("╭")
-        assert cpu / 2000 < 0.2e-3
+        assert cpu / 2000 < 0.2e-3  # 0.011e-3 seen; a panel drawn at every step takes 0.6e-3
         assert frames <= 2 + 4 * seconds
 
 

@@ -150,7 +150,7 @@ def test_smooth() -> None:
     falling = np.linspace(10, 0, 1000)
     np.testing.assert_allclose(smooth(falling)[:900], falling[:900], atol=1e-9)  # no lag
     noisy = np.random.default_rng(0).standard_normal(1000)
-    assert smooth(noisy)[50:].std() < 0.4
+    assert smooth(noisy)[50:].std() < 0.25  # the mean of 21: 0.218 expected, 0.202 seen
     noisy[500] = math.nan
     smoothed = smooth(noisy)
     assert np.isnan(smoothed[500]) and np.isfinite(np.delete(smoothed, 500)).all()
