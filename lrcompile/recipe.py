@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -48,6 +48,8 @@ class Recipe:
             a weight's place) are trained, and beside them only parameters that match one of these globs.
         allocation: how a compression or budget is shared: "uniform", or "importance": half of the uniform rank for
             everyone, the rest where it keeps most energy (2604.01609); for weights that are trained already.
+        shares: glob -> how many times the others' share of a compression or budget the weights matching it get: {"*attn*": 0.5}.
+            A weight goes by the first glob that matches it, as in `include`; those that match none have 1.
         svd: how the truncated SVD is computed: "full", "randomized", or "auto" (randomized where the rank is a
             small part of a large matrix).
         include: globs; a weight must match one, by its own name, by the module that owns it ("*.q_proj"), or by any
@@ -73,6 +75,7 @@ class Recipe:
     pair_dtype: str | None = None
     trainable: Sequence[str] | None = None
     allocation: str = "uniform"
+    shares: Mapping[str, float] | Sequence[tuple[str, float]] = ()
     svd: str = "auto"
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
@@ -87,6 +90,7 @@ class Recipe:
             if isinstance(value, str) or not isinstance(value, (list, tuple)):
                 raise RecipeError(f"{name} takes a list, got {value!r}; write {name}=[{value!r}]")
             object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "shares", _as_shares(self.shares))
         dials = [d for d in DIALS if getattr(self, d) is not None]
         if not dials and self.weights in (None, "dense"):
             object.__setattr__(self, "compression", DEFAULT_COMPRESSION)
@@ -170,6 +174,8 @@ class Recipe:
             raise RecipeError(f"allocation={self.allocation!r} is not known; choose from {', '.join(ALLOCATIONS)}")
         if self.allocation == "importance" and self.compression is None and self.budget_bytes is None:
             raise RecipeError("allocation shares a total: set compression or budget_bytes, or leave allocation out")
+        if self.shares and self.compression is None and self.budget_bytes is None:
+            raise RecipeError("shares are of a total: set compression or budget_bytes, or leave shares out")
 
     @property
     def dial(self) -> str:
@@ -226,8 +232,27 @@ class Recipe:
         for name in ("include", "exclude", "trainable"):
             if getattr(self, name) is not None:
                 out[name] = list(getattr(self, name))
+        out["shares"] = dict(self.shares)
         out["passes"] = [f"{p.__module__}:{getattr(p, '__qualname__', p)}" for p in self.passes]
         return out
+
+
+def _as_shares(given: Any) -> tuple[tuple[str, float], ...]:
+    """Pairs of a glob and its share, of a mapping or pairs.
+
+    Raises:
+        RecipeError: it is neither, or a share isn't a number above 0.
+    """
+    pairs = tuple(given.items()) if isinstance(given, Mapping) else given
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
+        raise RecipeError(f'shares takes a mapping of globs to numbers, as {{"*attn*": 0.5}}, got {given!r}')
+    for glob, share in pairs:
+        number = isinstance(share, (int, float)) and not isinstance(share, bool) and 0 < share < float("inf")
+        if not isinstance(glob, str) or not number:
+            raise RecipeError(
+                f"shares[{glob!r}] must be a number above 0, as 0.5, got {share!r}; exclude= keeps a weight dense"
+            )
+    return tuple((glob, float(share)) for glob, share in pairs)
 
 
 def as_recipe(given: Any, example_inputs: Any) -> Recipe:

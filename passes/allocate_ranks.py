@@ -1,9 +1,10 @@
 """allocate_ranks: one dial -> a rank for every selected weight. Decides only (exact).
 
 Uniform: every weight gets the same share of the rank at which a pair would be as large as the weight, which is the
-reference point for training from scratch (2402.13533). Ranks are rounded to whole tiles, so the share is searched until
-the total, roundings included, fits the dial. By importance (for weights that are trained already, 2604.01609): half of
-that for everyone, and the rest tile by tile where it keeps most of a weight's energy for its cost.
+reference point for training from scratch (2402.13533); `Recipe.shares` gives some weights a larger or smaller one. Ranks are
+rounded to whole tiles, so the share is searched until the total, roundings included, fits the dial. By importance (for
+weights that are trained already, 2604.01609): half of that for everyone, and the rest tile by tile where it keeps most of
+a weight's energy for its cost.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ def allocate_ranks(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         _allocate(chosen, ctx)
         _check_formats(chosen, ctx)
     result = PassResult()
+    for glob, _ in ctx.recipe.shares:
+        if not any(w.matches(glob) for w in chosen):
+            result.notes.append(f"shares[{glob!r}]: no selected weight matches it")
     for node in gm.graph.find_nodes(op="placeholder"):
         weight = ctx.weights.get(node.meta.get("lr_weight", ""))
         if weight is not None and weight.rank is not None:
@@ -46,9 +50,9 @@ def allocate_ranks(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
 
 
 def round_to_tile(rank: float, limit: int, multiple: int = 1) -> int:
-    """The nearest rank the hardware likes: whole multiples of 64 from 1024, 16 from 64, 8 from 24, else any; at most `limit`.
+    """The nearest rank the hardware likes: whole multiples of 64 from 1024, 16 from 128, 8 from 24, else any; at most `limit`.
 
-    Tensor cores eat 16 at a time; below 64 a step of 16 would miss the dial by more than it gains. `multiple` is what the
+    Tensor cores eat 16 at a time; below 128 a step of 16 would miss the dial by more than it gains. `multiple` is what the
     number format of the pair asks for.
     """
     step = math.lcm(tile(rank), multiple)
@@ -57,7 +61,7 @@ def round_to_tile(rank: float, limit: int, multiple: int = 1) -> int:
 
 def tile(rank: float) -> int:
     """What a rank of this size is a multiple of."""
-    return 64 if rank >= 1024 else 16 if rank >= 64 else 8 if rank >= 24 else 1
+    return 64 if rank >= 1024 else 16 if rank >= 128 else 8 if rank >= 24 else 1
 
 
 def _multiple(recipe: Recipe) -> int:
@@ -148,9 +152,10 @@ def _target(chosen: list[Weight], ctx: PassContext) -> float:
 
 def _search(chosen: list[Weight], ctx: PassContext) -> None:
     recipe, target, multiple = ctx.recipe, _target(chosen, ctx), _multiple(ctx.recipe)
+    times = _shares(chosen, ctx)
 
     def rank(w: Weight, share: float) -> int:
-        return round_to_tile(share * w.numel / w.pair_numel(1), _most(w, recipe), multiple)
+        return round_to_tile(share * times[w.key] * w.numel / w.pair_numel(1), _most(w, recipe), multiple)
 
     def total(share: float) -> int:
         return sum(_cost(w, recipe, rank(w, share)) for w in chosen)
@@ -168,10 +173,8 @@ def _search(chosen: list[Weight], ctx: PassContext) -> None:
             f"budget_bytes={recipe.budget_bytes} can't be met: the least is {math.ceil(need)} bytes, with rank {multiple} "
             "everywhere; include more weights, or raise the budget"
         )
-    low, high = (
-        0.0,
-        2.0 if _must_save(recipe) else max(_limit(w) * w.pair_numel(1) / w.numel for w in chosen),
-    )
+    whole = 2.0 if _must_save(recipe) else max(_limit(w) * w.pair_numel(1) / w.numel for w in chosen)
+    low, high = 0.0, whole / min(times.values())
     if total(high) <= target:
         low = high
     for _ in range(50):  # the total only grows with the share
@@ -182,6 +185,11 @@ def _search(chosen: list[Weight], ctx: PassContext) -> None:
         _assign(chosen, ctx, lambda w: ranks[w.key])
     else:
         _assign(chosen, ctx, lambda w: rank(w, low))
+
+
+def _shares(chosen: list[Weight], ctx: PassContext) -> dict[str, float]:
+    """How many times the common share each weight gets."""
+    return {w.key: next((share for glob, share in ctx.recipe.shares if w.matches(glob)), 1.0) for w in chosen}
 
 
 def _by_importance(chosen: list[Weight], ctx: PassContext, uniform: dict[str, int], target: float) -> dict[str, int]:

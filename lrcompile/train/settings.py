@@ -65,6 +65,8 @@ class RecipeTable(Strict):
     """Globs of what is trained beside the pairs."""
     allocation: Literal["uniform", "importance"] | None = None
     """How a compression or budget is shared among the weights."""
+    shares: dict[str, float] | None = None
+    """Globs of weights, and how many times the others' share of it they get, as {"*attn*" = 0.5}."""
     svd: Literal["auto", "full", "randomized"] | None = None
     """How the SVDs are computed."""
     include: tuple[str, ...] | None = None
@@ -116,6 +118,8 @@ class Optimizer(Strict):
     """That of the pairs; None: lr, and 0.02 for spectron, whose rate is the spectral norm that a step may change a product by."""
     matrix_lr: float | None = None
     """That of the dense matrices which muon moves; None: lr."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Globs of parameters, and what their learning rate is multiplied by, as {"*attn*" = 0.3}; the first that matches counts."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Of AdamW's running means."""
     eps: float = 1e-8
@@ -135,6 +139,8 @@ class Optimizer(Strict):
         _need(factor_lr, "optimizer.factor_lr", self.factor_lr, "must be above 0; leave it out for lr")
         matrix_lr = self.matrix_lr is None or (_positive(self.matrix_lr) and self.name == "muon")
         _need(matrix_lr, "optimizer.matrix_lr", self.matrix_lr, "is muon's, and must be above 0; leave it out for lr")
+        for glob, times in self.rates.items():
+            _need(_positive(times), f"optimizer.rates[{glob!r}]", times, "must be above 0, as 0.3")
         nesterov = not self.nesterov or self.name == "spectron"
         _need(nesterov, "optimizer.nesterov", self.nesterov, "is spectron's; leave it out (muon always looks ahead)")
         shares = all(0 <= beta < 1 for beta in self.betas)

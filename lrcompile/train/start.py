@@ -139,6 +139,7 @@ class Started:
             lr=chosen.lr,
             factor_lr=chosen.factor_lr,
             matrix_lr=chosen.matrix_lr,
+            rates=chosen.rates,
             betas=chosen.betas,
             eps=chosen.eps,
             weight_decay=chosen.weight_decay,

@@ -149,6 +149,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         (lambda: Data(length=1), "data.length=1"),
         (lambda: Optimizer(lr=float("nan")), "optimizer.lr=nan"),
         (lambda: Optimizer(betas=(0.9, 1.0)), r"optimizer.betas=\(0.9, 1.0\)"),
+        (lambda: Optimizer(rates={"*attn*": 0.0}), r"optimizer.rates\['\*attn\*'\]=0.0: must be above 0"),
         (lambda: Optimizer("muon", nesterov=True), "optimizer.nesterov=True: is spectron's"),
         (lambda: Schedule(final=2), "schedule.final=2"),
         (lambda: Parallel(shard=0), "parallel.shard=0"),

@@ -115,6 +115,23 @@ def test_groups() -> None:
     assert names_of(model, rest.param_groups[0]["params"]) == {"head.weight"}
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_rates_of_some_parameters(name: str) -> None:
+    model = adopted(exclude=("blocks.1.*",))
+    rates = {"blocks.0": 0.5, "*.down": 0.25, "*.weight_a": 3.0, "head": 2.0}
+    made = optimizers(model, name, lr=1e-3, factor_lr=1e-2, rates=rates)
+    assert sorted(held(made)) == sorted(id(p) for p in model.parameters())
+    rate = {id(p): g["base_lr"] for o in made for g in o.param_groups for p in g["params"]}
+    assert rate[id(model.blocks[0].up.weight_a)] == rate[id(model.blocks[0].up.weight_b)] == 0.5e-2
+    assert rate[id(model.blocks[0].down.weight_b)] == 0.5e-2  # the first glob that matches
+    assert rate[id(model.blocks[2].down.weight_b)] == 0.25e-2
+    assert rate[id(model.blocks[1].down.weight)] == 0.25e-3 and rate[id(model.blocks[1].up.weight)] == 1e-3
+    assert rate[id(model.blocks[2].up.weight_b)] == 3e-2  # a pair goes by its weight_a
+    for wrong in ({"*.attn": 0.5}, {"*": 1.0, "head": 2.0}):
+        with pytest.raises(TrainError, match="rates: no trained parameter matches '(\\*.attn|head)'"):
+            optimizers(model, name, lr=1e-3, rates=wrong)
+
+
 def test_a_pair_beside_a_base_brings_its_scale() -> None:
     model = adopted(weights="dense", init="zero", trainable=())
     spectron, *rest = optimizers(model, "spectron", lr=1e-3)

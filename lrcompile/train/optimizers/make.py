@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from lrcompile.errors import TrainError
+from lrcompile.graph.names import plain_name
 from lrcompile.train.optimizers.adamw8bit import adamw8bit
 from lrcompile.train.optimizers.groups import Pair, flat, roles
 from lrcompile.train.optimizers.muon import Muon
@@ -31,6 +33,7 @@ def optimizers(
     lr: float,
     factor_lr: float | Callable[[Pair], float] | None = None,
     matrix_lr: float | None = None,
+    rates: Mapping[str, float] | None = None,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     weight_decay: float = 0.1,
@@ -60,6 +63,8 @@ def optimizers(
         factor_lr: of the pairs: a number; or a function of a Pair, for a rate that depends on its rank. None: lr, and for
             Spectron SPECTRON_LR: its rate is the spectral norm that one step may change a product by, hundreds of times AdamW's.
         matrix_lr: of the dense matrices that Muon moves; None: lr, which Muon scales to the size of AdamW's steps.
+        rates: globs of parameters, and what their learning rate is multiplied by: {"*attn*": 0.3}. A glob matches a parameter's
+            name, or that of a module around it, and a parameter goes by the first that does.
         betas, eps: AdamW's.
         weight_decay: of dense matrices, decoupled.
         product_decay: of the pairs' products, decoupled.
@@ -67,7 +72,8 @@ def optimizers(
         nesterov: Spectron's; Muon's momentum always looks ahead.
 
     Raises:
-        TrainError: an unknown name; nothing to train; "spectron" for a model without trainable pairs.
+        TrainError: an unknown name; nothing to train; "spectron" for a model without trainable pairs; a glob of `rates` that
+            matches nothing that is trained.
         MissingLibraryError: "adamw8bit" without torchao.
     """
     if name not in OPTIMIZERS:
@@ -75,11 +81,12 @@ def optimizers(
     found = roles(model)
     if factor_lr is None:
         factor_lr = SPECTRON_LR if name == "spectron" else lr
-    rate = factor_lr if callable(factor_lr) else lambda _: factor_lr
-    pairs = _pair_groups(found.pairs, rate, product_decay)
-    sides = _group(found.sides, lr if name == "spectron" or callable(factor_lr) else factor_lr, 0.0)
-    hidden = _group(found.hidden, lr, weight_decay)
-    rest = _group(found.outer, lr, weight_decay) + _group(found.plain, lr, 0.0)
+    times = _times(model, rates or {})
+    of_pair = factor_lr if callable(factor_lr) else lambda _: factor_lr
+    pairs = _pair_groups(found.pairs, lambda pair: of_pair(pair) * times.get(id(pair.a), 1.0), product_decay)
+    sides = _groups(found.sides, lr if name == "spectron" or callable(factor_lr) else factor_lr, 0.0, times)
+    hidden = _groups(found.hidden, lr if matrix_lr is None or name != "muon" else matrix_lr, weight_decay, times)
+    rest = _groups(found.outer, lr, weight_decay, times) + _groups(found.plain, lr, 0.0, times)
     if not pairs + sides + hidden + rest:
         raise TrainError(
             "no parameter of the model is trainable; adopt a recipe that trains pairs, or set requires_grad"
@@ -94,7 +101,7 @@ def optimizers(
         made.append(Spectron(pairs, momentum=momentum, nesterov=nesterov))
         others = sides + hidden + rest
     elif name == "muon":
-        matrices = pairs + sides + _group(found.hidden, lr if matrix_lr is None else matrix_lr, weight_decay)
+        matrices = pairs + sides + hidden
         made += [Muon(matrices, weight_decay=0.0, momentum=momentum)] if matrices else []
         others = rest
     else:
@@ -106,9 +113,31 @@ def optimizers(
     return made
 
 
-def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[Group]:
-    """A group, or none for no parameters."""
-    return [{"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": weight_decay}] if parameters else []
+def _times(model: nn.Module, rates: Mapping[str, float]) -> dict[int, float]:
+    """What the learning rates of parameters are multiplied by, by id; those that no glob matches aside."""
+    found: dict[int, float] = {}
+    used: set[str] = set()
+    for name, p in model.named_parameters(remove_duplicate=False):
+        parts = plain_name(name).split(".")
+        called = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        glob = next((glob for glob in rates if any(fnmatchcase(c, glob) for c in called)), None)
+        if glob is not None and p.requires_grad:
+            used.add(glob)
+            found.setdefault(id(p), rates[glob])
+    if left := [glob for glob in rates if glob not in used]:
+        raise TrainError(f"rates: no trained parameter matches {left[0]!r}, or all that do match a glob before it")
+    return found
+
+
+def _groups(parameters: list[nn.Parameter], lr: float, weight_decay: float, times: dict[int, float]) -> list[Group]:
+    """A group for each learning rate."""
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for p in parameters:
+        by_rate.setdefault(lr * times.get(id(p), 1.0), []).append(p)
+    return [
+        {"params": theirs, "lr": rate, "base_lr": rate, "weight_decay": weight_decay}
+        for rate, theirs in by_rate.items()
+    ]
 
 
 def _pair_groups(pairs: list[Pair], rate: Callable[[Pair], float], product_decay: float) -> list[Group]:
