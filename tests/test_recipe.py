@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 
 import pytest
 
 from lrcompile import Recipe, RecipeError
 from lrcompile.passes import PassResult, graph_pass
+from lrcompile.recipe import ATTENTION_SHARES
 
 
 @graph_pass(exact=True)
@@ -19,7 +21,7 @@ def a_pass(gm, ctx):
 def test_the_default_is_one_dial():
     assert Recipe().compression == 2.64 and Recipe().dial == "compression=2.64"
     assert Recipe(rank=4).compression is None and Recipe(rank=4).dial == "rank=4"
-    assert Recipe.pretrain() == Recipe()
+    assert Recipe.pretrain(shares={}) == Recipe() and Recipe.pretrain(rank=4) == Recipe(rank=4)
     assert Recipe.compress(rank_ratio=0.5) == Recipe(rank_ratio=0.5, svd="full")
     with pytest.raises(dataclasses.FrozenInstanceError):
         Recipe().rank = 3
@@ -28,6 +30,7 @@ def test_the_default_is_one_dial():
 def test_the_presets():
     recipe = Recipe.finetune()
     assert (recipe.weights, recipe.rank, recipe.pair_dtype, recipe.trainable) == ("nf4", 16, "float32", ())
+    assert Recipe.pretrain(compression=3) == Recipe(compression=3, shares=ATTENTION_SHARES)
     assert recipe.start == "pissa" and Recipe().start == "svd" and Recipe.finetune(init="zero").start == "zero"
     assert Recipe.finetune(budget_bytes=10).rank is None
     alone = Recipe(weights="int8")
@@ -103,6 +106,14 @@ def test_lists_become_tuples_and_it_hashes():
     recipe = Recipe(rank=3, include=["a.*"], exclude=["b"], passes=[a_pass])
     assert recipe.include == ("a.*",) and recipe.exclude == ("b",) and recipe.passes == (a_pass,)
     assert hash(recipe) == hash(Recipe(rank=3, include=("a.*",), exclude=("b",), passes=(a_pass,)))
+
+
+@pytest.mark.parametrize(
+    "name", ["h.0.attn.c_attn", "layers.1.self_attn.q_proj", "encoder.layer.2.attention.self.query", "SelfAttention.q"]
+)
+def test_attention_by_its_usual_names(name):
+    assert all(fnmatch.fnmatchcase(name, glob) for glob in ATTENTION_SHARES)
+    assert not any(fnmatch.fnmatchcase("layers.1.mlp.gate_proj", glob) for glob in ATTENTION_SHARES)
 
 
 def test_as_a_dict_it_is_json():

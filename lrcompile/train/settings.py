@@ -38,8 +38,8 @@ class RecipeTable(Strict):
     dense: bool = False
     """Train the weights as they are: the dense twin, full finetuning. Nothing else of the recipe is read then."""
     preset: Literal["pretrain", "finetune", "compress"] = "pretrain"
-    """What the other fields change. pretrain: low-rank pairs, 2.64 times fewer numbers. finetune: NF4 bases and pairs of rank 16.
-    compress: pairs from the full-precision SVD of trained weights."""
+    """What the other fields change. pretrain: low-rank pairs, 2.64 times fewer numbers, those of attention smaller than the rest.
+    finetune: NF4 bases and pairs of rank 16. compress: pairs from the full-precision SVD of trained weights."""
     compression: float | None = None
     """Dial: numbers in the linear weights over those left. At most one dial is set; one given on the command line replaces the
     file's."""
@@ -316,8 +316,8 @@ class Run(Strict):
 
     @classmethod
     def pretrain_defaults(cls) -> Run:
-        """What `lrcompile pretrain` starts from."""
-        return cls()
+        """What `lrcompile pretrain` starts from: muon, which was ahead of AdamW for pairs and dense twins (examples/LOG.md)."""
+        return cls(optimizer=Optimizer(name="muon"))
 
     @classmethod
     def finetune_defaults(cls) -> Run:

@@ -67,7 +67,9 @@ def test_the_file_may_stand_behind_the_options(tmp_path: Path) -> None:
 
 def test_without_a_file(tmp_path: Path) -> None:
     run, _ = read("pretrain", ["--model.source", "m.json", "--data.train", "shards", "--batch", "64"])
-    assert run == dataclasses.replace(Run(), model=Model(source="m.json"), data=Data(train="shards"), batch=64)
+    assert run == dataclasses.replace(
+        Run.pretrain_defaults(), model=Model(source="m.json"), data=Data(train="shards"), batch=64
+    )
 
 
 def test_toml_yaml_and_json_say_the_same(tmp_path: Path) -> None:
@@ -217,7 +219,7 @@ def test_the_recipe_table_has_the_recipes_fields() -> None:
 
 
 def test_what_a_recipe_table_makes() -> None:
-    assert RecipeTable().make() == Recipe.pretrain() == Recipe(compression=2.64)
+    assert RecipeTable().make() == Recipe.pretrain() and RecipeTable(shares={}).make() == Recipe(compression=2.64)
     assert RecipeTable(preset="finetune").make() == Recipe.finetune()
     assert RecipeTable(preset="finetune", rank=8, weights="dense").make() == Recipe.finetune(rank=8, weights="dense")
     assert RecipeTable(preset="compress", exclude=("a",)).make() == Recipe.compress(exclude=("a",))
