@@ -22,6 +22,7 @@ _EXAMPLES = """\
 examples:
   lrcompile eval ./my-model --tasks fpb,fiqa,tfns --data ./data
   lrcompile eval model.gguf --tasks arc_easy,piqa --data ./data --limit 200 --json before.json
+  lrcompile eval model.gguf --tasks fpb:300,piqa:100 --data ./data --dtype bfloat16
   lrcompile eval ./adopted --base ./my-model --tasks fpb --data ./data      what lrcompile.save wrote
   lrcompile eval ./my-model --adapter ./lora --tasks fpb --data ./data      what peft saved
 
@@ -41,12 +42,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a Hugging Face model directory, a GGUF file, or what lrcompile.save wrote"
     )
-    parser.add_argument("--tasks", required=True, metavar="NAME,…", help="which tasks, see below")
+    parser.add_argument(
+        "--tasks", required=True, metavar="NAME,…", help="which tasks, see below; NAME:N for N of its rows"
+    )
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="where their files are")
     parser.add_argument("--base", metavar="MODEL", help="the dense model (or config.json) of what lrcompile.save wrote")
     parser.add_argument("--adapter", metavar="DIR", help="an adapter of peft's, or what lrcompile.save_adapter wrote")
     parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer is, if not beside the model")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="rows of each task (a fair sample; default all)")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="rows of each task at most (a fair sample)")
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="sequences at once (default 16)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=_DTYPES, help="to compute in (default: what the model is stored in)")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lrcompile.errors import TrainError
-from lrcompile.tasks.table import check_names, read_rows
+from lrcompile.tasks.table import counted, read_rows
 from lrcompile.train.data.sources import TASK, Row, Source
 
 PROMPT, COMPLETION = "prompt", "completion"
@@ -23,16 +22,8 @@ def task_sources(tasks: Sequence[str], data: Path) -> list[Source]:
 
     Raises:
         EvalError: no such task, a task without a training side, a file is missing or a row malformed.
-        TrainError: N is no number of rows.
     """
-    limits = {}
-    for task in tasks:
-        name, colon, number = task.partition(":")
-        if colon and (not number.isdecimal() or int(number) == 0):
-            raise TrainError(f"the task {task!r}: after the colon stands how many rows of it, as {name}:1000")
-        limits[name] = int(number) if colon else None
-    check_names([task.partition(":")[0] for task in tasks])
-    return [_source(name, data, limit) for name, limit in limits.items()]
+    return [_source(name, data, limit) for name, limit in counted(tasks).items()]
 
 
 def _source(name: str, data: Path, limit: int | None) -> Source:
