@@ -44,7 +44,11 @@ def load_model(
         StateError: what was saved is damaged or belongs to another model.
     """
     model = load_weights(source, base=base, adapter=adapter, device=device)
-    return model if dtype is None else model.to(dtype), load_tokenizer(tokenizer or base or source)
+    if dtype is not None:
+        for p in model.parameters():  # not model.to: rotary frequencies are buffers, and wrong when rounded
+            if p.is_floating_point():
+                p.data = p.data.to(dtype)
+    return model, load_tokenizer(tokenizer or base or source)
 
 
 def load_weights(
