@@ -93,7 +93,7 @@ def adopt(
         with as_dense(model, numbers=False):
             the_plan.check(model)
         moments = moments_for([e.init for e in the_plan.adopted if e.rank is not None], model, calibration)
-    _check_reached(the_plan, moments)
+    check_reached(the_plan, moments)
     made = write_plan(model, the_plan, computed(the_plan.recipe, moments))
     tell(the_plan.entries, [m.entry for m in made], the_plan.parameters, time.perf_counter() - start)
     return model
@@ -124,7 +124,7 @@ def moments_for(
     return covariances(model, calibration, recipe)
 
 
-def _check_reached(the_plan: Plan, moments: Mapping[str, torch.Tensor]) -> None:
+def check_reached(the_plan: Plan, moments: Mapping[str, torch.Tensor]) -> None:
     """Refuse a data-aware start of weights that no calibration batch went through, as those of experts never chosen."""
     blind = [e.key for e in the_plan.adopted if e.rank is not None and e.init in CALIBRATED and e.key not in moments]
     if blind:
