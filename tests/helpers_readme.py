@@ -15,9 +15,20 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def words_of(text: str) -> list[list[str]]:
-    """The words of every line that isn't a comment alone; a line that ends in a backslash goes on."""
-    joined = text.replace("\\\n", " ")
-    return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+    """The words of every command; one goes on after a backslash, and inside quotes."""
+    found, held = [], ""
+    for line in text.replace("\\\n", " ").splitlines():
+        held += line
+        try:
+            words = shlex.split(held, comments=True)
+        except ValueError:  # a quotation that isn't closed yet
+            held += "\n"
+            continue
+        held = ""
+        if words:
+            found.append(words)
+    assert not held, f"a quotation is never closed: {held}"
+    return found
 
 
 def run_line(

@@ -80,7 +80,7 @@ def test_rows_of_a_task_are_a_fair_sample(tmp_path: Path) -> None:
     call("--tasks", "fpb", *given, "--out", tmp_path / "all")
     assert texts(out / "train") == texts(tmp_path / "all" / "train")[:20]
     call("--tasks", "fpb:20", *given, "--out", out)  # done already
-    with pytest.raises(TrainError, match=r"was prepared with tasks \['fpb:20'\], not \['fpb:30'\]"):
+    with pytest.raises(TrainError, match=r"was prepared with tasks \['fpb:20'\], not tasks \['fpb:30'\]"):
         call("--tasks", "fpb:30", *given, "--out", out)
     sentences(data, 210)
     with pytest.raises(TrainError, match="the source fpb has changed since"):
