@@ -15,7 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from lrcompile.train.history import History, read
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "financial"
 UNTUNED = "untuned"
 REGIMES = {UNTUNED: "untuned", "full": "full", "lora": "LoRA", "qlora": "QLoRA", "ours": "ours"}
+PARTS = ("weights", "gradients", "optimizer")
 TASKS = "fpb:300,fiqa:300,tfns:300,boolq:200,piqa:200,winogrande:200,arc_easy:200,openbookqa:200"
 
 
@@ -99,28 +100,31 @@ def table(found: dict[str, Result]) -> Group:
     for regime in found:
         made.add_column(REGIMES[regime], justify="right", no_wrap=True)
 
-    def row(label: str, cell: Callable[[Result], str], style: str = "") -> None:
-        made.add_row(Text(label, style=style), *(cell(result) for result in found.values()))
+    every = list(found.values())
 
-    first = next(iter(found.values())).scores
+    def row(label: str, cells: Iterable[str], style: str = "") -> None:
+        made.add_row(Text(label, style=style), *cells)
+
+    first = every[0].scores
     for group in ("financial", "general"):
         for name, score in first["tasks"].items():
             if score["group"] == group:
-                row(f"{name} ({score['rows']})", lambda r, name=name: _accuracy(r.scores["tasks"].get(name)))  # type: ignore[misc]
-        row(f"mean of the {group}", lambda r, group=group: _accuracy(r.scores["means"].get(group)), "bold")  # type: ignore[misc]
+                row(f"{name} ({score['rows']})", (_accuracy(r.scores["tasks"].get(name)) for r in every))
+        row(f"mean of the {group}", (_accuracy(r.scores["means"].get(group)) for r in every), "bold")
         if UNTUNED in found:
-            row("  over untuned", lambda r, group=group: _over(r, found[UNTUNED], group))  # type: ignore[misc]
+            row("  over untuned", (_over(r, found[UNTUNED], group) for r in every))
         made.add_section()
-    for part in ("weights", "gradients", "optimizer"):
-        row(f"{part}, MB", lambda r, part=part: _mega(r.held.get(part)))  # type: ignore[misc]
+    for part in PARTS:
+        row(f"{part}, MB", (_mega(r.held.get(part)) for r in every))
     full = found["full"].held if "full" in found else {}
-    row("weights + optimizer", lambda r: _less(full, r.held, ("weights", "optimizer")))
-    row("with gradients", lambda r: _less(full, r.held, ("weights", "gradients", "optimizer")))
+    row("weights + optimizer", (_less(full, r.held, ("weights", "optimizer")) for r in every))
+    row("with gradients", (_less(full, r.held, PARTS) for r in every))
     made.add_section()
-    row("numbers trained", lambda r: f"{r.run.facts['trained'] / 1e6:.1f}M" if r.run else "")
-    row("tokens trained on", lambda r: f"{r.run.tokens[-1]:,.0f}" if r.run else "")
-    row("seconds of training", lambda r: f"{r.run.seconds[-1]:.0f}" if r.run else "")
-    row("held-out loss", lambda r: f"{r.run.held_out[-1, 1]:.3f}" if r.run and len(r.run.held_out) else "")
+    runs = [r.run for r in every]
+    row("numbers trained", (f"{run.facts['trained'] / 1e6:.1f}M" if run else "" for run in runs))
+    row("tokens trained on", (f"{run.tokens[-1]:,.0f}" if run else "" for run in runs))
+    row("seconds of training", (f"{run.seconds[-1]:.0f}" if run else "" for run in runs))
+    row("held-out loss", (f"{run.held_out[-1, 1]:.3f}" if run and len(run.held_out) else "" for run in runs))
     commonest = first["means"].get("financial", {}).get("commonest")
     notes = ["bytes: of a step, counted on the tensors"]
     if commonest is not None:
