@@ -63,7 +63,7 @@ def test_the_walkthrough(place: Path) -> None:
     """Its commands, in their order, with few steps."""
     lines = words_of("".join(blocks(WALK, "shell")))
     named = [words[1] for words in lines]
-    order = ["plan", "finetune", "data", "eval", "report", "examples/financial/regimes.py", "export", "generate"]
+    order = ["plan", "finetune", "data", "eval", "examples/financial/regimes.py", "report", "export", "generate"]
     assert list(dict.fromkeys(named)) == order
     phone = importlib.util.find_spec("executorch") is not None
     few = ["--steps", "3", "--schedule.warmup", "1", "--evaluate.batches", "1", "--data.calibration", "2"]
