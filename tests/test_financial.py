@@ -73,7 +73,7 @@ def test_the_walkthrough(place: Path) -> None:
         "finetune": [*few, "--model.source", "tiny"],
         "examples/financial/regimes.py": [*few, "--model", "tiny"],
         "eval": ["--limit", "4"],
-        "export": ["--max-length", "64"],
+        "executorch": ["--max-length", "64"],
         "generate": ["--max-tokens", "4"],
     }
     printed = {}
