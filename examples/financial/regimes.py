@@ -117,8 +117,9 @@ def table(found: dict[str, Result]) -> Group:
     for part in PARTS:
         row(f"{part}, MB", (_mega(r.held.get(part)) for r in every))
     full = found["full"].held if "full" in found else {}
-    row("weights + optimizer", (_less(full, r.held, ("weights", "optimizer")) for r in every))
-    row("with gradients", (_less(full, r.held, PARTS) for r in every))
+    for label, parts in (("weights + optimizer", ("weights", "optimizer")), ("all three", PARTS)):
+        row(label, (_mega(sum(r.held[part] for part in parts)) if r.held else "" for r in every), "bold")
+        row("  times less", (_less(full, r.held, parts) for r in every))
     made.add_section()
     runs = [r.run for r in every]
     row("numbers trained", (f"{run.facts['trained'] / 1e6:.1f}M" if run else "" for run in runs))
@@ -146,10 +147,9 @@ def _mega(count: int | None) -> str:
 
 
 def _less(full: dict[str, int], held: dict[str, int], parts: Sequence[str]) -> str:
-    if not held:
+    if not held or not full:
         return ""
-    total = sum(held[part] for part in parts)
-    return f"{total / 1e6:,.0f}" + (f", {sum(full[part] for part in parts) / total:.1f}x" if full else "")
+    return f"{sum(full[part] for part in parts) / sum(held[part] for part in parts):.1f}x"
 
 
 def main(argv: list[str] | None = None) -> None:
