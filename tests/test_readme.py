@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 from importlib.resources import files
@@ -12,18 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from .helpers_readme import blocks as blocks_of
+from .helpers_readme import run_line, words_of
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+    return blocks_of(README, language)
 
 
 def commands() -> list[list[str]]:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     lines += re.findall(r"`(lrcompile bench [^`]*|make \w+)`", README)
-    return [words for line in dict.fromkeys(lines) if (words := shlex.split(line, comments=True))]
+    return words_of("\n".join(dict.fromkeys(lines)))
 
 
 def test_there_is_something_to_run() -> None:
@@ -67,7 +69,7 @@ def test_the_commands_of_a_training_run(tmp_path: Path) -> None:
     (place / "DATA" / "fpb" / "fpb_50Agree.txt").write_text("".join(sentences), encoding="latin-1")
     few = ["--steps", "3", "--schedule.warmup", "1", "--evaluate.batches", "1", "--evaluate.new-tokens", "2"]
     more = {"pretrain": few, "finetune": [*few, "--parallel.no-compile"], "eval": ["--limit", "4"]}
-    lines = [words for line in "".join(blocks("shell")).splitlines() if (words := shlex.split(line, comments=True))]
+    lines = words_of("".join(blocks("shell")))
     assert {words[1] for words in lines if words[0] == "lrcompile"} == {
         "data",
         "pretrain",
@@ -76,14 +78,7 @@ def test_the_commands_of_a_training_run(tmp_path: Path) -> None:
         "eval",
     }
     for words in lines:
-        torchrun = words[0] == "torchrun"
-        start = ["-m", "torch.distributed.run"] if torchrun else ["-m", "lrcompile.cli"]
-        given = [str(place / "out/cpu-tiny/merged") if word == "MODEL" else word for word in words[1:]]
-        command = next(word for word in given if word in {*more, "data", "report"})
-        done = subprocess.run(
-            [sys.executable, *start, *given, *more.get(command, [])], capture_output=True, text=True, cwd=place
-        )
-        assert done.returncode == 0, (words, done.stderr[-3000:])
+        run_line(words, place, names={"MODEL": str(place / "out/cpu-tiny/merged")}, more=more)
     assert (place / "out/finetuned/adapter").is_dir()
 
 

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
     from lrcompile.tasks.harness import Score
 
+_DTYPES = ("float32", "bfloat16")
 _ABOUT = "accuracy and macro-F1 of a language model on financial and general tasks, through lm-eval"
 _EXAMPLES = """\
 examples:
   lrcompile eval ./my-model --tasks fpb,fiqa,tfns --data ./data
   lrcompile eval model.gguf --tasks arc_easy,piqa --data ./data --limit 200 --json before.json
+  lrcompile eval model.gguf --tasks fpb:300,piqa:100 --data ./data --dtype bfloat16
   lrcompile eval ./adopted --base ./my-model --tasks fpb --data ./data      what lrcompile.save wrote
   lrcompile eval ./my-model --adapter ./lora --tasks fpb --data ./data      what peft saved
 
@@ -40,14 +42,17 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a Hugging Face model directory, a GGUF file, or what lrcompile.save wrote"
     )
-    parser.add_argument("--tasks", required=True, metavar="NAME,…", help="which tasks, see below")
+    parser.add_argument(
+        "--tasks", required=True, metavar="NAME,…", help="which tasks, see below; NAME:N for N of its rows"
+    )
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="where their files are")
     parser.add_argument("--base", metavar="MODEL", help="the dense model (or config.json) of what lrcompile.save wrote")
     parser.add_argument("--adapter", metavar="DIR", help="an adapter of peft's, or what lrcompile.save_adapter wrote")
     parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer is, if not beside the model")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="rows of each task (a fair sample; default all)")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="rows of each task at most (a fair sample)")
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="sequences at once (default 16)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="to compute in (default: what the model is stored in)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     parser.set_defaults(run=_run)
 
@@ -71,24 +76,31 @@ def _run(args: argparse.Namespace) -> int:
     if args.json and not args.json.parent.is_dir():
         raise EvalError(f"can't write {args.json}: there is no folder {args.json.parent}")
     tasks = read_tasks([name.strip() for name in args.tasks.split(",") if name.strip()], args.data)
-    device = _device(args.device)
+    device, dtype = _device(args.device), _dtype(args.dtype)
     with offline():
         from lrcompile.tasks.model import load_model
 
         model, tokenizer = load_model(
-            args.model, base=args.base, adapter=args.adapter, tokenizer=args.tokenizer, device=device
+            args.model, base=args.base, adapter=args.adapter, tokenizer=args.tokenizer, device=device, dtype=dtype
         )
         scores = evaluate(model, tokenizer, tasks, limit=args.limit, batch_size=args.batch_size)
     show(score_table(scores))
     if args.json:
         told = {"model": args.model, "base": args.base, "adapter": args.adapter, "tokenizer": args.tokenizer}
-        text = json.dumps(told | {"limit": args.limit, "device": str(device)} | to_json(scores), indent=1)
+        told |= {"limit": args.limit, "device": str(device), "dtype": str(next(model.parameters()).dtype)[6:]}
+        text = json.dumps(told | to_json(scores), indent=1)
         try:
             args.json.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise EvalError(f"can't write {args.json}: {error.strerror}") from error
         print(f"wrote {args.json}")
     return 0
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    return None if name is None else getattr(torch, name)
 
 
 def _device(name: str | None) -> Any:

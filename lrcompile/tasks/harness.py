@@ -18,7 +18,7 @@ import torch
 from lrcompile.errors import EvalError, MissingLibraryError
 from lrcompile.tasks.metrics import first_named, macro_f1, macro_f1_error, token_f1, words
 from lrcompile.tasks.rows import Row
-from lrcompile.tasks.table import TASKS, check_names, read_rows
+from lrcompile.tasks.table import TASKS, counted, read_rows
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,13 @@ class Score:
         return asdict(self)
 
 
-def read_tasks(names: Sequence[str], data: Path) -> dict[str, tuple[list[Row], list[Path]]]:
-    """Every task's test rows and their files; raises EvalError before anything heavy is done."""
-    check_names(names)
-    return {name: read_rows(name, data) for name in names}
+def read_tasks(tasks: Sequence[str], data: Path) -> dict[str, tuple[list[Row], list[Path]]]:
+    """Test rows and their files of every task ("NAME:N": the first N rows); raises EvalError before anything heavy is done."""
+    found = {}
+    for name, limit in counted(tasks).items():
+        rows, paths = read_rows(name, data)
+        found[name] = rows[:limit], paths
+    return found
 
 
 def evaluate(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lrcompile.errors import EvalError
+from lrcompile.errors import EvalError, MissingLibraryError
 from lrcompile.sources import load_source
 from lrcompile.weights.adapters import ADAPTER, load_adapter
 from lrcompile.weights.peft_load import load_peft
@@ -24,6 +24,7 @@ def load_model(
     adapter: str | None = None,
     tokenizer: str | None = None,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> tuple[Any, Any]:
     """A causal language model, frozen and in evaluation mode, and its tokenizer.
 
@@ -35,6 +36,7 @@ def load_model(
             wrote before training: its bases must be the same to the bit.
         tokenizer: a directory with another tokenizer's files.
         device: where to.
+        dtype: to compute in; None: the model's own. Quantised weights stay as they are stored.
 
     Raises:
         LrcompileError: there is no such model, or it can't be read.
@@ -42,6 +44,10 @@ def load_model(
         StateError: what was saved is damaged or belongs to another model.
     """
     model = load_weights(source, base=base, adapter=adapter, device=device)
+    if dtype is not None:
+        for p in model.parameters():  # not model.to: rotary frequencies are buffers, and wrong when rounded
+            if p.is_floating_point():
+                p.data = p.data.to(dtype)
     return model, load_tokenizer(tokenizer or base or source)
 
 
@@ -94,8 +100,12 @@ def load_tokenizer(source: str) -> Any:
 
     Raises:
         EvalError: there is none.
+        MissingLibraryError: transformers is not installed.
     """
-    from transformers import AutoTokenizer
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingLibraryError(f'this needs transformers: pip install "lrcompile[hf]" ({error})') from error
 
     path = Path(source)
     if not path.exists():  # its parent, where another tokenizer may lie, isn't what was meant

@@ -33,6 +33,12 @@ class Row:
     answer: int
     ending: str = ""
 
+    @property
+    def trained(self) -> tuple[str, str]:
+        """(prompt, completion) that the row comes to where it is trained on: what is scored as the right answer."""
+        right = self.choices[self.answer]
+        return (right, f" {self.ending}") if self.ending else (self.prompt, f" {right}")
+
 
 def digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()

@@ -150,6 +150,18 @@ def check_names(names: Sequence[str]) -> None:
             raise EvalError(f"the task {name} is named twice")
 
 
+def counted(tasks: Sequence[str]) -> dict[str, int | None]:
+    """Name -> how many rows are asked for (None: all) of "NAME" and "NAME:N"; raises EvalError for what is neither."""
+    limits: dict[str, int | None] = {}
+    for task in tasks:
+        name, colon, number = task.partition(":")
+        if colon and (not number.isdecimal() or int(number) == 0):
+            raise EvalError(f"the task {task!r}: after the colon stands how many rows of it, as {name}:1000")
+        limits[name] = int(number) if colon else None
+    check_names([task.partition(":")[0] for task in tasks])
+    return limits
+
+
 def read_rows(name: str, data: Path, side: str = "test") -> tuple[list[Row], list[Path]]:
     """Rows of a side of a task, in the order of a hash of their text, and the files that they come from.
 

@@ -59,14 +59,9 @@ def build(
         seed: of drawn values; and set before module:factory is called.
 
     Raises:
-        TrainError: a recipe that looks at data, an encoder-decoder, a model with too few positions for `length`, or a factory's
-            model without values.
+        TrainError: a recipe that looks at data for a model without weights, an encoder-decoder, a model with too few positions
+            for `length`, or a factory's model without values.
     """
-    if recipe is not None and recipe.start in CALIBRATED:
-        raise TrainError(
-            f"init={recipe.start!r} looks at data, which the driver doesn't collect: adopt and lrcompile.save the model in a "
-            "script of your own, or choose another start"
-        )
     torch.manual_seed(seed)
     dense, _ = load_source(source)
     check_decoder(dense)
@@ -78,6 +73,10 @@ def build(
         raise TrainError(
             f"{source} gives a model on the meta device, and nothing tells its values: return it with values, on the CPU (only a "
             "transformers config.json is drawn from the seed)"
+        )
+    if drawn and recipe is not None and recipe.start in CALIBRATED:
+        raise TrainError(
+            f"init={recipe.start!r} keeps what a trained model makes of data, and {source} has no weights: choose another start"
         )
     the_plan = None if recipe is None else plan(dense, example(dense, length), recipe)
     if drawn:

@@ -67,7 +67,7 @@ examples:
   torchrun --nproc-per-node 8 -m lrcompile.cli {0} {1}
   lrcompile {0} {1} --dry-run --ranks 64 --target H100"""
 
-_EXAMPLE = {"pretrain": "examples/configs/cpu-tiny.toml", "finetune": "examples/configs/finetune-financial.toml"}
+_EXAMPLE = {"pretrain": "examples/configs/cpu-tiny.toml", "finetune": "examples/configs/financial/ours.toml"}
 
 
 def read(command: Command, argv: Sequence[str]) -> tuple[Run, Flags]:

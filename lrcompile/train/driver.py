@@ -26,7 +26,9 @@ from lrcompile.train.log import RunLog
 from lrcompile.train.meter import Meter, peak_flops
 from lrcompile.train.settings import Run
 from lrcompile.train.start import CONFIG, Started
+from lrcompile.train.state import held_bytes
 from lrcompile.train.world import Signals, World, joined
+from lrcompile.words import size
 
 
 def train(run: Run, *, resume: bool = False) -> None:
@@ -59,7 +61,7 @@ class _Run(Started):
 
     def __init__(self, run: Run, world: World, stack: ExitStack, resume: bool) -> None:
         super().__init__(run, world, stack, resume)
-        self.stop = False
+        self.stop, self.told_held = False, False
         self.log = stack.enter_context(
             RunLog(
                 self.out,
@@ -141,6 +143,7 @@ class _Run(Started):
         updated = math.isfinite(found.loss) and math.isfinite(found.norm)
         if updated:
             self._update()
+            self._tell_held()
         else:
             self._refuse(found, batches)
         for p in self.trained:
@@ -155,6 +158,14 @@ class _Run(Started):
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * multiplier
             optimizer.step()
+
+    def _tell_held(self) -> None:
+        """Once, while everything that a step needs is there."""
+        if not self.told_held:
+            self.told_held = True
+            held = held_bytes(self.model, self.optimizers)
+            told = ", ".join(f"{name} {size(count)}" for name, count in held.items())
+            self.log.event(f"held by this rank: {told}", held=held)
 
     def _refuse(self, step: _Step, batches: list[Batch]) -> None:
         """Stop at a step that would ruin the model, or tell that it is skipped."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -10,19 +10,31 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lrcompile.errors import TrainError
+from lrcompile.recipe import CALIBRATED
 from lrcompile.train.build import Built
+from lrcompile.train.data import Batch
+from lrcompile.train.language import inputs
+from lrcompile.train.values import Held
+from lrcompile.weights.adopt import check_reached, moments_for
 from lrcompile.weights.make import Maker, computed, parameters
 from lrcompile.weights.plan import Entry
 
 
-def materialise(built: Built, device: torch.device) -> None:
+def materialise(built: Built, device: torch.device, calibration: Iterable[Batch] = ()) -> None:
     """Fill `built.model`, sharded or not, on `device`; afterwards every rank's shards hold the run's first values.
 
     The singular value decompositions of a unit (a block, or what is beside the blocks) are computed once, by one rank, on
     `device`, and broadcast: at most one dense unit a rank is in memory beside the shards. Collective: every rank calls it.
 
+    Args:
+        built: as `build` gives it.
+        device: of this rank.
+        calibration: batches for the starts that look at data, the same on every rank, which runs its dense model on them, on
+            the CPU; not read where no start does.
+
     Raises:
         TrainError: a parameter that no unit gives a value.
+        PlanError: a weight that no batch reaches.
     """
     model = built.model
     allocate(model, device)
@@ -30,7 +42,8 @@ def materialise(built: Built, device: torch.device) -> None:
         _buffer(model, name).copy_(buffer)
     places = dict(model.named_parameters(remove_duplicate=False))
     entries = {name: entry for entry in (built.plan.adopted if built.plan else ()) for name in entry.names}
-    make = computed(built.plan.recipe if built.plan else {}, measured=False)  # nobody asks for the errors
+    moments = _moments(built, calibration)
+    make = computed(built.plan.recipe if built.plan else {}, moments, measured=False)  # nobody asks for the errors
     missing = {id(p): name for name, p in places.items()}
     for name, value in _handed_out(built, entries, make, device):
         place = places[name]
@@ -39,6 +52,18 @@ def materialise(built: Built, device: torch.device) -> None:
             fill(place, value)
     if missing:
         raise TrainError(f"no values for {', '.join(list(missing.values())[:5])}")
+
+
+def _moments(built: Built, calibration: Iterable[Batch]) -> Mapping[str, torch.Tensor]:
+    """Of what goes into the weights whose start looks at data; nothing where there are none."""
+    inits = {entry.init for entry in (built.plan.adopted if built.plan else ()) if entry.rank is not None}
+    if not inits & set(CALIBRATED) or not isinstance(built.values, Held):
+        return {}
+    dense = built.values.model.eval()
+    moments = moments_for(inits, dense, [inputs(dense, batch.tokens, batch.positions) for batch in calibration])
+    assert built.plan is not None
+    check_reached(built.plan, moments)
+    return moments
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:

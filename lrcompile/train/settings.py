@@ -100,9 +100,12 @@ class Data(Strict):
     """Directory of held-out shards; None: no held-out loss."""
     length: int = 1024
     """Tokens a sequence."""
+    calibration: int = 32
+    """Sequences of `train` that the starts which look at data (recipe.init: data, qera) are made for."""
 
     def __post_init__(self) -> None:
         _need(self.length >= 2, "data.length", self.length, "must be 2 or more: a token, and the one to predict")
+        _need(self.calibration >= 1, "data.calibration", self.calibration, "must be 1 or more sequences")
 
 
 @dataclass(frozen=True)

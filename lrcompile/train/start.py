@@ -18,7 +18,7 @@ from lrcompile.train.build import build
 from lrcompile.train.checkpoint import Checkpoints
 from lrcompile.train.committed import committed, read_manifest
 from lrcompile.train.config import differences, load_resolved
-from lrcompile.train.data import Sampler, Shards
+from lrcompile.train.data import Batch, Sampler, Shards
 from lrcompile.train.evaluate import sees
 from lrcompile.train.materialise import allocate, materialise
 from lrcompile.train.measure import flops_per_token
@@ -128,7 +128,7 @@ class Started:
             reduce=getattr(torch, run.parallel.reduce),
         )
         if checkpoint is None:
-            materialise(self.built, world.device)
+            materialise(self.built, world.device, self._calibration())
         else:
             allocate(self.model, world.device)
         del self.built.values  # a whole dense model, where the source has one
@@ -159,6 +159,14 @@ class Started:
                 f"{type(self.twin).__name__} sees the tokens that it is to predict: attention isn't causal, as in models like "
                 "BERT, or a mask is missing"
             )
+
+    def _calibration(self) -> Iterator[Batch]:
+        """The rows of the first steps, the same on every rank."""
+        wanted, rows, batch = self.run.data.calibration, self.run.micro_batch, self.run.batch
+        return (
+            self.sampler.rows(first // batch, first % batch, min(rows, wanted - first))
+            for first in range(0, wanted, rows)
+        )
 
     def _load(self, checkpoint: Path) -> None:
         with torch.no_grad():  # so that the steps of zero length meet numbers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,33 @@ def tensors_of(
                     raise TrainError(f"{name} is a {type(value).__name__}, and checkpoints hold tensors alone")
                 found |= _parts(name, value, rank, size)
     return found
+
+
+def held_bytes(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, int]:
+    """Bytes of this rank's weights, gradients and optimizer state, counted on the tensors; shared storage counts once.
+
+    Call it between an optimizer's step and the gradients' end.
+    """
+    gradients = (p.grad for p in model.parameters() if p.grad is not None)
+    states = (value for o in optimizers for state in o.state.values() for value in state.values())
+    return {
+        "weights": _storage([*model.parameters(), *model.buffers()]),
+        "gradients": _storage(gradients),
+        "optimizer": _storage(value for value in states if isinstance(value, torch.Tensor)),
+    }
+
+
+def _storage(tensors: Iterable[torch.Tensor]) -> int:
+    held: dict[int, int] = {}
+    for tensor in tensors:
+        local: Any = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        inner = [local]
+        if hasattr(local, "__tensor_flatten__") and type(local) is not torch.Tensor:  # quantised, as 8-bit states
+            inner = [getattr(local, name) for name in local.__tensor_flatten__()[0]]
+        for part in inner:
+            storage = part.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+    return sum(held.values())
 
 
 def _parts(name: str, value: torch.Tensor, rank: int, size: int) -> dict[str, torch.Tensor]:

@@ -78,6 +78,7 @@ def adopt(
         raise AdoptError(f"adopt takes a Plan or a Recipe, got {type(plan_or_recipe).__name__}")
     refuse_adopted(model)
     refuse_wrapped(model)
+    shapes_alone = False
     if isinstance(plan_or_recipe, Recipe):
         recipe = plan_or_recipe
         if example_inputs is None:
@@ -92,8 +93,12 @@ def adopt(
         the_plan = plan_or_recipe
         with as_dense(model, numbers=False):
             the_plan.check(model)
-        moments = moments_for([e.init for e in the_plan.adopted if e.rank is not None], model, calibration)
-    _check_reached(the_plan, moments)
+        inits = [e.init for e in the_plan.adopted if e.rank is not None]
+        # On meta nothing is computed, so that there is nothing to look at data for.
+        shapes_alone = calibration is None and all(p.is_meta for p in model.parameters())
+        moments = {} if shapes_alone else moments_for(inits, model, calibration)
+    if not shapes_alone:
+        check_reached(the_plan, moments)
     made = write_plan(model, the_plan, computed(the_plan.recipe, moments))
     tell(the_plan.entries, [m.entry for m in made], the_plan.parameters, time.perf_counter() - start)
     return model
@@ -124,7 +129,7 @@ def moments_for(
     return covariances(model, calibration, recipe)
 
 
-def _check_reached(the_plan: Plan, moments: Mapping[str, torch.Tensor]) -> None:
+def check_reached(the_plan: Plan, moments: Mapping[str, torch.Tensor]) -> None:
     """Refuse a data-aware start of weights that no calibration batch went through, as those of experts never chosen."""
     blind = [e.key for e in the_plan.adopted if e.rank is not None and e.init in CALIBRATED and e.key not in moments]
     if blind:

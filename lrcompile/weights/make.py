@@ -38,6 +38,7 @@ def computed(
         assert form is not None
         if (quantised := held(weight)) is not None:
             return _beside(quantised, form, entry.key)
+        covariance = (covariances or {}).get(entry.key)
         start = initialise(
             weight.detach().T if form.stored_in_out else weight.detach(),
             rank=form.rank,
@@ -46,7 +47,7 @@ def computed(
             dense_base=form.base == DENSE,
             scale=form.scale,
             pair_dtype=form.torch_pair_dtype,
-            covariance=(covariances or {}).get(entry.key),
+            covariance=None if covariance is None else covariance.to(weight.device),
             svd=str(recipe.get("svd", "auto")),
             alternations=int(recipe.get("alternations", 5)),
             measured=measured,

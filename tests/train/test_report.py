@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import math
 import re
@@ -18,7 +17,8 @@ import pytest
 from lrcompile.errors import MissingLibraryError, TrainError
 from lrcompile.train.history import compare, read, read_all, smooth
 from lrcompile.train.log import RunLog
-from lrcompile.train.report import add_parser, report
+from lrcompile.train.report import report
+from tests.helpers_cli import command
 
 TOKENS = 100
 
@@ -245,11 +245,8 @@ def test_a_long_run_is_thinned(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
     paths = [str(make(tmp_path / name)) for name in ("one", "two")]
-    args = parser.parse_args(["report", *paths, "--out", str(tmp_path / "a.html")])
-    assert args.run(args) == 0
+    assert command("report", *paths, "--out", tmp_path / "a.html") == 0
     out = capsys.readouterr().out
     assert "held-out loss, last" in out and "3.6000 (+0.0000)" in out and f"wrote {tmp_path / 'a.html'}" in out
     assert (tmp_path / "a.html").is_file()

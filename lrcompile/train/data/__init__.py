@@ -6,6 +6,7 @@
 
 tokens       what turns text into tokens, and how a changed one is noticed
 sources      text, JSONL, parquet and datasets as rows; packages: texts that packages carry, rdata: R's among them
+questions    training rows of `lrcompile eval`'s tasks
 documents    a row's prompt, completion and text; which part is held out
 prepare      rows to shards, in many processes, resumable; write: how a shard reaches the disk
 shards       prepared data, mapped

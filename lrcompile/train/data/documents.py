@@ -81,8 +81,8 @@ class Reading:
         """One or two pieces; none of a blank text.
 
         Of plain text the last `validation` of every document's characters is held out, cut at a line or word break. Of
-        prompts whole rows are, by a hash of the prompt: equal prompts are always on the same side, whatever their number
-        and order, so that none is trained on and then asked.
+        prompts whole rows are, as their source says, else by a hash of the prompt: equal prompts are always on the same side,
+        whatever their number and order, so that none is trained on and then asked.
 
         Raises:
             TrainError: a field is no text, or is empty where it must not be.
@@ -97,8 +97,11 @@ class Reading:
         for name, text in (("prompt", prompt), ("completion", completion)):
             if not text:
                 raise TrainError(f"{row.where}: the {name} is empty")
-        digest = hashlib.sha256(prompt.encode()).digest()
-        return [Piece(int.from_bytes(digest[:8], "big") < self.validation * 2**64, completion, prompt)]
+        held_out = row.held_out
+        if held_out is None:
+            digest = hashlib.sha256(prompt.encode()).digest()
+            held_out = int.from_bytes(digest[:8], "big") < self.validation * 2**64
+        return [Piece(held_out, completion, prompt)]
 
     def _text_pieces(self, text: str, where: str) -> list[Piece]:
         if len(text) > _LONGEST:

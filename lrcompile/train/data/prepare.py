@@ -25,6 +25,7 @@ import numpy as np
 from lrcompile.errors import TrainError
 from lrcompile.files import sha256
 from lrcompile.train.data.documents import PROMPTS, Piece, Reading
+from lrcompile.train.data.questions import task_sources
 from lrcompile.train.data.shards import INDEX, PROGRESS, Shards, open_shard, read_index
 from lrcompile.train.data.sources import Source, find_sources, read
 from lrcompile.train.data.tokens import FILE, SETTINGS, Tokenizer, load_tokenizer, saved_tokenizer, train_bpe
@@ -58,6 +59,8 @@ def prepare(
     workers: int | None = None,
     shard_tokens: int = 2**24,
     progress: Callable[[Progress], None] | None = None,
+    tasks: Sequence[str] = (),
+    data: str | os.PathLike[str] | None = None,
 ) -> None:
     """Tokenise files to OUT/train, and OUT/validation where a share is held out. Each document gets an end token.
 
@@ -79,19 +82,28 @@ def prepare(
         workers: processes; None: one a core, fewer where there is little to do.
         shard_tokens: tokens a shard, about.
         progress: called after every batch.
+        tasks: instead of `sources`, names of lrcompile.tasks.TASKS: their training rows, asked as `lrcompile eval` asks them;
+            held out is their validation side. "NAME:N": of each side the first N rows, a fair sample.
+        data: the folder of the tasks' files.
 
     Raises:
+        EvalError: a task that isn't there or has nothing to train on, a missing file or malformed row of one.
         TrainError: a malformed row (file and line are told), a source, tokenizer or option that makes no sense, other data
             in `out`, sources that changed since the call that is gone on with, a full disk, or a worker that died.
         MissingLibraryError: a library for this kind of file or tokenizer is missing.
     """
     if shard_tokens < 1 or (workers is not None and workers < 1):
         raise TrainError(f"workers and shard_tokens must be at least 1, got {workers} and {shard_tokens}")
+    if tasks:
+        _check_tasks(sources, data, fields, template, separator, validation)
+        kind = PROMPTS
+    elif data is not None:
+        raise TrainError(f"{data} is where tasks are read from: name some, or leave it out")
     reading = Reading(kind, fields or {}, template, validation)
-    found = find_sources(sources)
+    found = task_sources(tasks, Path(data or ".")) if tasks else find_sources(sources)
     if kind == PROMPTS and (plain := [s for s in found if s.kind == "text"]):
         raise TrainError(f"{plain[0].path} is plain text: it has no prompts and completions; give .jsonl or .parquet")
-    names = ["train", "validation"] if validation else ["train"]
+    names = ["train", "validation"] if validation or tasks else ["train"]
     target = Path(out)
     known = None if tokenizer.startswith("bpe:") else load_tokenizer(tokenizer, end_token)
     if known is None and (end_token is not None or not tokenizer[4:].isdigit()):
@@ -105,7 +117,7 @@ def prepare(
         "separator": separator,
         "validation": validation,
         "shard_tokens": shard_tokens,
-    }
+    } | ({"tasks": list(tasks)} if tasks else {})
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = max(1, min(cores, sum(s.bytes for s in found) // _WORTH_A_PROCESS))
@@ -116,6 +128,19 @@ def prepare(
         job.start(known)
         job.run(workers, progress)
         job.finish()
+
+
+def _check_tasks(
+    sources: Sequence[Any], data: Any, fields: Any, template: str | None, separator: str | None, validation: float
+) -> None:
+    """Raise TrainError for what tasks have of their own, and for tasks without data."""
+    if sources:
+        raise TrainError(f"give sources or tasks, not both: {sources[0]} and tasks can be prepared one after the other")
+    if data is None:
+        raise TrainError("tasks are read from files: say with data (--data DIR) where these are")
+    own = {"fields": fields, "template": template, "separator": separator, "validation": validation}
+    if given := [name for name, value in own.items() if value]:
+        raise TrainError(f"tasks have prompts and sides of their own; leave {', '.join(given)} out")
 
 
 def _finished(target: Path, names: list[str], request: dict[str, Any]) -> bool:
@@ -156,8 +181,10 @@ def _compare(before: dict[str, Any], now: dict[str, Any], target: Path) -> None:
             what = "has changed" if name in old and name in new else "is new" if name in new else "is gone"
             raise TrainError(f"the source {name} {what} since {target} was prepared; {fix}")
     for key, value in now.items():
-        if before[key] != value:
-            raise TrainError(f"{target} was prepared with {_words(key, before[key])}, not {_words(key, value)}; {fix}")
+        if before.get(key) != value:
+            raise TrainError(
+                f"{target} was prepared with {_words(key, before.get(key))}, not {_words(key, value)}; {fix}"
+            )
 
 
 def _words(key: str, value: Any) -> str:

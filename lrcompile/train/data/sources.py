@@ -19,28 +19,9 @@ from lrcompile.train.data import packages
 
 log = logging.getLogger("lrcompile")
 
-TEXT, LINES, PARQUET, DATASET, PACKAGE = "text", "lines", "parquet", "dataset", "package"
+TEXT, LINES, PARQUET, DATASET, PACKAGE, TASK = "text", "lines", "parquet", "dataset", "package", "task"
 _SUFFIXES = {".txt": TEXT, ".jsonl": LINES, ".ndjson": LINES, ".parquet": PARQUET}
 _CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file, or one dataset directory.
-
-    Attributes:
-        path: where it lies.
-        kind: TEXT, LINES, PARQUET, DATASET or PACKAGE.
-        files: those that hold its data; itself, but for a dataset.
-    """
-
-    path: Path
-    kind: str
-    files: tuple[Path, ...]
-
-    @property
-    def bytes(self) -> int:
-        return sum(p.stat().st_size for p in self.files)
 
 
 @dataclass(frozen=True)
@@ -51,11 +32,34 @@ class Row:
         values: field -> value.
         where: file and line or row number, for messages.
         done: bytes of its source that lie behind it, about.
+        held_out: where its source has sides of its own; None: decided by the share that is held out.
     """
 
     values: dict[str, Any]
     where: str
     done: int
+    held_out: bool | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, one dataset directory, or one task.
+
+    Attributes:
+        path: where it lies; a task's name.
+        kind: TEXT, LINES, PARQUET, DATASET, PACKAGE or TASK.
+        files: those that hold its data; itself, but for a dataset or task.
+        rows: of a task, which is read at once.
+    """
+
+    path: Path
+    kind: str
+    files: tuple[Path, ...]
+    rows: tuple[Row, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        return sum(p.stat().st_size for p in self.files)
 
 
 def find_sources(sources: Sequence[str | os.PathLike[str]]) -> list[Source]:
@@ -144,6 +148,8 @@ def read(source: Source, fields: Sequence[str], separator: str | None = None) ->
         texts = packages.documents(source.path)
         for number, (name, text) in enumerate(texts, 1):
             yield Row({fields[0]: text}, f"{source.path}, {name}", source.bytes * number // len(texts))
+    elif source.kind == TASK:
+        yield from source.rows
     elif source.kind == LINES:
         yield from _lines(source.path, fields)
     else:
