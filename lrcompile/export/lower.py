@@ -18,6 +18,7 @@ from torch import nn
 from lrcompile.errors import ExportError, MissingLibraryError
 from lrcompile.export.budget import too_large, weigh
 from lrcompile.export.quantise import FORMATS, GROUP, quantise
+from lrcompile.export.rewrite import rewrite
 from lrcompile.export.tie import share_tied
 from lrcompile.export.unfold import Pair, unfold
 
@@ -152,7 +153,7 @@ def _lower(exir: Any, cached: Any, meta: dict[str, Any]) -> bytes:
     length = torch.export.Dim("length", min=1, max=cached.max_length)
     example = (torch.ones(1, min(3, cached.max_length), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     try:
-        program = torch.export.export(cached, example, dynamic_shapes=({1: length}, None), strict=False)
+        program = rewrite(torch.export.export(cached, example, dynamic_shapes=({1: length}, None), strict=False))
     except Exception as error:
         raise ExportError(f"torch.export can't trace the model: {_first_line(error)}") from error
     try:
