@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import io
@@ -17,13 +16,13 @@ import lrcompile
 from lrcompile.cli import main
 from lrcompile.errors import EvalError, ExportError
 
-from .helpers import VOCABULARY, after, learnt, tiny
+from .helpers import VOCABULARY, after, learnt, run, tiny
 
 pytest.importorskip("transformers", reason="the models are transformers'")
 if importlib.util.find_spec("executorch") is None:
     pytest.skip("executorch is not installed: pip install 'lrcompile[executorch]'", allow_module_level=True)
 
-from lrcompile.export.command import add_parser, fits  # noqa: E402
+from lrcompile.export.command import fits  # noqa: E402
 from lrcompile.export.lower import Exported, export_executorch  # noqa: E402
 from lrcompile.export.runtime import Program  # noqa: E402
 
@@ -150,13 +149,6 @@ def test_windows_are_refused_where_they_would_matter(tmp_path: Path) -> None:
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
-
-
-def run(*argv: Any) -> int:
-    parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers(required=True))
-    args = parser.parse_args([str(arg) for arg in argv])
-    return args.run(args)
 
 
 @pytest.fixture(scope="module")

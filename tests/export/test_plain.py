@@ -111,13 +111,11 @@ def test_without_executorch(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.modules["executorch"] = None  # as if it were not installed
-import argparse, lrcompile
+import lrcompile
 assert not any(name.split(".")[0] in ("torchao", "transformers") for name in sys.modules)
 from lrcompile.errors import MissingLibraryError
-from lrcompile.export.command import add_parser
-parser = argparse.ArgumentParser()
-add_parser(parser.add_subparsers())
-args = parser.parse_args(["export", "nowhere", "--to", "executorch", {str(tmp_path / "a.pte")!r}])
+from lrcompile.cli import _parser
+args = _parser().parse_args(["export", "nowhere", "--to", "executorch", {str(tmp_path / "a.pte")!r}])
 try:
     args.run(args)
 except MissingLibraryError as error:
