@@ -74,7 +74,7 @@ def _export(args: argparse.Namespace) -> int:
         require()  # what is missing is told before a model is loaded
         if args.factored:
             raise ExportError("--factored goes with --to hf; in a .pte file pairs stay pairs anyway")
-    elif args.quantise or args.max_length or args.max_bytes:
+    elif args.quantise or args.max_length is not None or args.max_bytes:
         raise ExportError("--quantise, --max-length and --max-bytes go with --to executorch")
     from lrcompile.tasks.harness import offline
     from lrcompile.words import size
@@ -98,7 +98,7 @@ def _export(args: argparse.Namespace) -> int:
         model,
         args.out,
         form=args.quantise or "8da4w",
-        max_length=args.max_length or 512,
+        max_length=512 if args.max_length is None else args.max_length,
         max_bytes=args.max_bytes,
     )
     print(f"wrote {made.path}: {size(made.nbytes)}, {args.quantise or '8da4w'}, {made.pairs} low-rank pairs")

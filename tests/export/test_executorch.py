@@ -190,6 +190,8 @@ def test_chat(
     assert run("generate", file, *tokenizer, "--max-tokens", 8) == 0
     again = capsys.readouterr()
     assert again.out.startswith(told.out) and again.err.count("tokens read") == 2
+    with pytest.raises(ExportError, match="--max-length 0"):
+        run("export", home / "dense", "--to", "executorch", home / "a.pte", "--max-length", 0)
     with pytest.raises(ExportError, match="100 tokens don't fit into the 96"):
         run("generate", file, *tokenizer, "--prompt", "a" * 100)
     with pytest.raises(EvalError, match="no tokenizer"):
