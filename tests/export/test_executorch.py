@@ -229,12 +229,12 @@ def test_a_file_is_evaluated_as_its_eager_model_is(
     from ..tasks.helpers import write_sets
 
     write_sets(tmp_path)
-    tasks = ["--tasks", "tfns", "--data", tmp_path, "--tokenizer", home / "dense"]
+    tasks = ["--tasks", "boolq", "--data", tmp_path, "--tokenizer", home / "dense"]
     assert run("eval", made[form].path, *tasks, "--json", tmp_path / "file.json") == 0
     eager = ["eval", home / "adopted", "--base", home / "dense", "--quantise", form]
     assert run(*eager, *tasks, "--json", tmp_path / "eager.json") == 0
-    scores = [json.loads((tmp_path / f"{name}.json").read_text())["tasks"]["tfns"] for name in ("file", "eager")]
-    assert scores[0]["rows"] == 9 and scores[0]["accuracy"] == scores[1]["accuracy"]
+    scores = [json.loads((tmp_path / f"{name}.json").read_text())["tasks"]["boolq"] for name in ("file", "eager")]
+    assert scores[0]["rows"] > 1 and scores[0]["accuracy"] == scores[1]["accuracy"]
     with pytest.raises(EvalError, match="--tokenizer"):
         run("eval", made[form].path, *tasks[:4])
     with pytest.raises(EvalError, match="--quantise doesn't go with"):
