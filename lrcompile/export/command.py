@@ -17,6 +17,7 @@ examples:
   lrcompile export ./my-model --to executorch phone.pte                      4-bit weights, 8-bit activations
   lrcompile export ./adopted --base ./my-model --to executorch phone.pte     what lrcompile.save wrote; its pairs stay pairs
   lrcompile export ./my-model --adapter ./lora --to hf merged/               what peft saved, merged
+  lrcompile export ./adopted --base ./my-model --to hf pairs/ --factored     its pairs, to be loaded through lrcompile
   lrcompile export model.gguf --to executorch phone.pte --quantise int8 --max-bytes 150MB"""
 _GENERATE_EXAMPLES = """\
 examples:
@@ -39,6 +40,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--base", metavar="MODEL", help="the dense model (or config.json) of what lrcompile.save wrote")
     parser.add_argument("--adapter", metavar="DIR", help="an adapter of peft's, or what lrcompile.save_adapter wrote")
     parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer is, if not beside the model (--to hf)")
+    parser.add_argument(
+        "--factored", action="store_true", help="--to hf: keep the pairs; the directory tells how lrcompile loads it"
+    )
     phone = parser.add_argument_group("--to executorch")
     phone.add_argument("--quantise", choices=("8da4w", "int8", "none"), help="number format (default 8da4w)")
     phone.add_argument("--max-length", type=int, metavar="N", help="tokens of prompt and answer together (default 512)")
@@ -68,7 +72,9 @@ def _export(args: argparse.Namespace) -> int:
         from lrcompile.export.lower import require
 
         require()  # what is missing is told before a model is loaded
-    elif args.quantise or args.max_length or args.max_bytes:
+        if args.factored:
+            raise ExportError("--factored goes with --to hf; in a .pte file pairs stay pairs anyway")
+    elif args.quantise or args.max_length is not None or args.max_bytes:
         raise ExportError("--quantise, --max-length and --max-bytes go with --to executorch")
     from lrcompile.tasks.harness import offline
     from lrcompile.words import size
@@ -79,10 +85,11 @@ def _export(args: argparse.Namespace) -> int:
         model = load_weights(args.model, base=args.base, adapter=args.adapter)
         tokenizer = _tokenizer(args) if args.to == "hf" else None
     if args.to == "hf":
-        from lrcompile.export.dense import export_hf
+        from lrcompile.export.dense import export_factored, export_hf
 
-        written = size(export_hf(model, tokenizer, args.out))
-        print(f"wrote {args.out}: {written}, dense" + ("" if tokenizer else "; no tokenizer was beside the model"))
+        written = size((export_factored if args.factored else export_hf)(model, tokenizer, args.out))
+        kind = "factored; load.py in it loads it" if args.factored else "dense"
+        print(f"wrote {args.out}: {written}, {kind}" + ("" if tokenizer else "; no tokenizer was beside the model"))
         return 0
     from lrcompile.export.lower import export_executorch
 
@@ -91,7 +98,7 @@ def _export(args: argparse.Namespace) -> int:
         model,
         args.out,
         form=args.quantise or "8da4w",
-        max_length=args.max_length or 512,
+        max_length=512 if args.max_length is None else args.max_length,
         max_bytes=args.max_bytes,
     )
     print(f"wrote {made.path}: {size(made.nbytes)}, {args.quantise or '8da4w'}, {made.pairs} low-rank pairs")

@@ -18,6 +18,7 @@ from torch import nn
 from lrcompile.errors import ExportError, MissingLibraryError
 from lrcompile.export.budget import too_large, weigh
 from lrcompile.export.quantise import FORMATS, GROUP, quantise
+from lrcompile.export.rewrite import rewrite
 from lrcompile.export.tie import share_tied
 from lrcompile.export.unfold import Pair, unfold
 
@@ -66,20 +67,11 @@ def export_executorch(
     if form not in FORMATS:
         raise ExportError(f"no format {form!r}; there are {', '.join(FORMATS)}")
     exir = require()
-    from lrcompile.export.cached import Cached
-
     meta = _metadata(model, form, max_length)
-    with torch.no_grad():
-        unfold(nn.Module.float(model).eval(), multiple=GROUP if form == "8da4w" else 1)
+    with torch.no_grad(), quietly():
+        cached = as_exported(model, form, max_length, max_bytes=max_bytes)
         pairs = sum(isinstance(module, Pair) for module in model.modules())
-        expected = weigh(model, form).total
-        if max_bytes is not None and expected > max_bytes:
-            raise ExportError(f"the file would have {too_large(model, form, max_bytes, expected)}")
-        cached = Cached(model, max_length)
-        with quietly():
-            _check_cached(cached)
-            quantise(model, form)
-            data = _lower(exir, cached, meta)
+        data = _lower(exir, cached, meta)
     if max_bytes is not None and len(data) > max_bytes:
         raise ExportError(f"the file has {len(data)} bytes, {len(data) - max_bytes} over --max-bytes {max_bytes}")
     whole = path.with_name(f".{path.name}.{os.getpid()}")
@@ -90,6 +82,22 @@ def export_executorch(
         whole.unlink(missing_ok=True)
         raise ExportError(f"can't write {path}: {error.strerror}") from error
     return Exported(path, len(data), pairs, cached)
+
+
+def as_exported(model: Any, form: str, max_length: int, *, max_bytes: int | None = None) -> Any:
+    """The eager model that a file computes like (`cached.Cached`); arguments and errors are `export_executorch`'s."""
+    require()
+    from lrcompile.export.cached import Cached
+
+    with torch.no_grad(), quietly():
+        unfold(nn.Module.float(model).eval(), multiple=GROUP if form == "8da4w" else 1)
+        expected = weigh(model, form).total
+        if max_bytes is not None and expected > max_bytes:
+            raise ExportError(f"the file would have {too_large(model, form, max_bytes, expected)}")
+        cached = Cached(model, max_length)
+        _check_cached(cached)
+        quantise(model, form)
+    return cached
 
 
 def require() -> Any:
@@ -152,7 +160,7 @@ def _lower(exir: Any, cached: Any, meta: dict[str, Any]) -> bytes:
     length = torch.export.Dim("length", min=1, max=cached.max_length)
     example = (torch.ones(1, min(3, cached.max_length), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     try:
-        program = torch.export.export(cached, example, dynamic_shapes=({1: length}, None), strict=False)
+        program = rewrite(torch.export.export(cached, example, dynamic_shapes=({1: length}, None), strict=False))
     except Exception as error:
         raise ExportError(f"torch.export can't trace the model: {_first_line(error)}") from error
     try:

@@ -86,3 +86,20 @@ class Program:
             yield token
             if token in self.ends or position >= self.max_length:
                 return
+
+
+class Eager:
+    """The eager model of a file (`lower.as_exported`), asked as a `Program` is."""
+
+    def __init__(self, cached: Any) -> None:
+        config = cached.model.config.get_text_config()
+        self._cached, self.vocabulary, self.max_length = cached, config.vocab_size, cached.max_length
+        ends = config.eos_token_id
+        self.ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+    def logits(self, tokens: Sequence[int], position: int) -> torch.Tensor:
+        """As `Program.logits`."""
+        if position + len(tokens) > self.max_length:
+            raise ExportError(f"{position + len(tokens)} tokens don't fit into the {self.max_length} of --max-length")
+        with torch.no_grad():
+            return self._cached(torch.tensor([list(tokens)]), torch.tensor([position]))[0]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lrcompile.tasks.harness import Score
 
 _DTYPES = ("float32", "bfloat16")
+_PHONE_LENGTH = 2048  # tokens of a prompt and its answer, where a model is evaluated as it would be exported
 _ABOUT = "accuracy and macro-F1 of a language model on financial and general tasks, through lm-eval"
 _EXAMPLES = """\
 examples:
@@ -25,6 +26,7 @@ examples:
   lrcompile eval model.gguf --tasks fpb:300,piqa:100 --data ./data --dtype bfloat16
   lrcompile eval ./adopted --base ./my-model --tasks fpb --data ./data      what lrcompile.save wrote
   lrcompile eval ./my-model --adapter ./lora --tasks fpb --data ./data      what peft saved
+  lrcompile eval phone.pte --tokenizer ./my-model --tasks fpb --data ./data a file that lrcompile export wrote
 
 Nothing is downloaded: --data is a folder with the sets' own files, in it or up to two folders below."""
 
@@ -40,7 +42,9 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="a Hugging Face model directory, a GGUF file, or what lrcompile.save wrote"
+        "model",
+        metavar="MODEL",
+        help="a Hugging Face model directory, a GGUF file, what lrcompile.save wrote, or a .pte of lrcompile export",
     )
     parser.add_argument(
         "--tasks", required=True, metavar="NAME,…", help="which tasks, see below; NAME:N for N of its rows"
@@ -49,6 +53,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--base", metavar="MODEL", help="the dense model (or config.json) of what lrcompile.save wrote")
     parser.add_argument("--adapter", metavar="DIR", help="an adapter of peft's, or what lrcompile.save_adapter wrote")
     parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer is, if not beside the model")
+    parser.add_argument(
+        "--quantise",
+        choices=("8da4w", "int8"),
+        help="evaluate the model as lrcompile export would write it, in eager mode: a .pte file differs by rounding",
+    )
     parser.add_argument("--limit", type=_positive, metavar="N", help="rows of each task at most (a fair sample)")
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="sequences at once (default 16)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
@@ -76,19 +85,31 @@ def _run(args: argparse.Namespace) -> int:
     if args.json and not args.json.parent.is_dir():
         raise EvalError(f"can't write {args.json}: there is no folder {args.json.parent}")
     tasks = read_tasks([name.strip() for name in args.tasks.split(",") if name.strip()], args.data)
-    device, dtype = _device(args.device), _dtype(args.dtype)
+    device, dtype = _device("cpu" if args.quantise and not args.device else args.device), _dtype(args.dtype)
+    if args.quantise and device.type != "cpu":
+        raise EvalError(f"--quantise evaluates on the CPU, where such a file runs, and not on {device}")
     with offline():
         from lrcompile.tasks.model import load_model
 
-        model, tokenizer = load_model(
-            args.model, base=args.base, adapter=args.adapter, tokenizer=args.tokenizer, device=device, dtype=dtype
-        )
+        if args.model.endswith(".pte"):
+            model, tokenizer = _phone(args)
+            stored = None
+        else:
+            model, tokenizer = load_model(
+                args.model, base=args.base, adapter=args.adapter, tokenizer=args.tokenizer, device=device, dtype=dtype
+            )
+            stored = str(next(model.parameters()).dtype)[6:]
+        if args.quantise and not args.model.endswith(".pte"):
+            from lrcompile.export.lower import as_exported
+            from lrcompile.export.runtime import Eager
+
+            limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _PHONE_LENGTH
+            model = Eager(as_exported(model, args.quantise, min(limit, _PHONE_LENGTH)))
         scores = evaluate(model, tokenizer, tasks, limit=args.limit, batch_size=args.batch_size)
     show(score_table(scores))
     if args.json:
-        told = {"model": args.model, "base": args.base, "adapter": args.adapter, "tokenizer": args.tokenizer}
-        told |= {"limit": args.limit, "device": str(device), "dtype": str(next(model.parameters()).dtype)[6:]}
-        text = json.dumps(told | to_json(scores), indent=1)
+        told = {name: getattr(args, name) for name in ("model", "base", "adapter", "tokenizer", "quantise", "limit")}
+        text = json.dumps(told | {"device": str(device), "dtype": stored} | to_json(scores), indent=1)
         try:
             args.json.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
@@ -101,6 +122,19 @@ def _dtype(name: str | None) -> Any:
     import torch
 
     return None if name is None else getattr(torch, name)
+
+
+def _phone(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The program of a .pte file, and the tokenizer that has to be named beside it."""
+    from lrcompile.export.runtime import Program
+    from lrcompile.tasks.model import load_tokenizer
+
+    given = [name for name in ("base", "adapter", "quantise", "device", "dtype") if getattr(args, name)]
+    if given:
+        raise EvalError(f"--{given[0]} doesn't go with {args.model}: a .pte file is the whole model, for the CPU")
+    if not args.tokenizer:
+        raise EvalError(f"{args.model} has no tokenizer in it: name the model's with --tokenizer")
+    return Program(args.model), load_tokenizer(args.tokenizer)
 
 
 def _device(name: str | None) -> Any:

@@ -68,7 +68,8 @@ def evaluate(
     """Score a causal language model on tasks, through lm-eval.
 
     Args:
-        model: of transformers, adopted or not, on its device; evaluated in its own dtype, log-probabilities in float32.
+        model: of transformers, adopted or not, on its device; evaluated in its own dtype, log-probabilities in float32. Or
+            what lrcompile.export.runtime has: the program of a file, the eager model of one.
         tokenizer: of transformers.
         tasks: as `read_tasks` gives them.
         limit: of each task the first so many rows, which are a fair sample.
@@ -88,13 +89,14 @@ def evaluate(
         made = {name: ConfigurableTask(config=task_config(name, rows)) for name, (rows, _) in tasks.items()}
         for task in made.values():
             task.set_fewshot_seed(0)
-        was_training = model.training
+        was_training = getattr(model, "training", False)
         try:
-            lm = wrap(model.eval(), tokenizer, batch_size)
+            lm = wrap(model, tokenizer, batch_size)
             # bootstrap_iters: 0 would be no errors at all; of ours none is drawn by lm-eval.
             found = run(lm, {"tasks": made}, limit=limit, bootstrap_iters=1, log_samples=False)
         finally:
-            model.train(was_training)
+            if was_training:
+                model.train()
     assert found is not None
     return [
         _score(name, rows[: limit or len(rows)], found["results"][name], tuple(str(path) for path in paths))
@@ -103,7 +105,12 @@ def evaluate(
 
 
 def wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """lm-eval's view of a model in memory."""
+    """lm-eval's view of a model in memory, or of a file for a phone."""
+    if not isinstance(model, torch.nn.Module):
+        from lrcompile.export.score import PhoneLM
+
+        return PhoneLM(model, tokenizer)
+    model.eval()
     from lm_eval.models.huggingface import HFLM
 
     # It ties weights anew, which the model has had since it was made: an adopted one must be left as it is.
@@ -261,7 +268,7 @@ def _score(name: str, rows: Sequence[Row], found: dict[str, Any], files: tuple[s
 
 
 def _check_tokenizer(model: Any, tokenizer: Any) -> None:
-    size = model.config.get_text_config().vocab_size
+    size = getattr(model, "vocabulary", None) or model.config.get_text_config().vocab_size
     if len(tokenizer) > size:
         raise EvalError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {size}: it is another model's; give --tokenizer"

@@ -43,6 +43,7 @@ def load_model(
         EvalError: one of the others is missing or is something else, or the model is no causal language model.
         StateError: what was saved is damaged or belongs to another model.
     """
+    base = base or _own_base(source)
     model = load_weights(source, base=base, adapter=adapter, device=device)
     if dtype is not None:
         for p in model.parameters():  # not model.to: rotary frequencies are buffers, and wrong when rounded
@@ -56,6 +57,7 @@ def load_weights(
 ) -> Any:
     """The model alone, as `load_model` gives it; also of a module:factory."""
     saved = (Path(source) / MODEL.index).is_file()
+    base = base or _own_base(source)
     if saved and base is None:
         raise EvalError(f"{source} holds adopted weights alone: say with --base which dense model they belong to")
     if base is not None and not saved:
@@ -81,6 +83,12 @@ def load_weights(
                 f"{adapter} holds no adapter: neither {ADAPTER.index} (lrcompile.save_adapter) nor {_PEFT} (peft)"
             )
     return model.requires_grad_(False).eval().to(device)
+
+
+def _own_base(source: str) -> str | None:
+    """The config that `lrcompile export --to hf --factored` writes beside the values."""
+    config = Path(source) / "dense" / "config.json"
+    return str(config) if (Path(source) / MODEL.index).is_file() and config.is_file() else None
 
 
 def _dense(source: str, bare: bool) -> tuple[Any, Any]:

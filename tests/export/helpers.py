@@ -7,9 +7,16 @@ from typing import Any
 import torch
 
 import lrcompile
+from lrcompile.cli import _parser
 
 VOCABULARY = 128
 IDS = {"input_ids": torch.arange(1, 9)[None], "use_cache": False}
+
+
+def run(*argv: Any) -> int:
+    """`lrcompile ARGV`; what main would print as an error is raised."""
+    args = _parser().parse_args([str(arg) for arg in argv])
+    return args.run(args)
 
 
 def tiny(adopted: bool = True, *, tied: bool = True, layers: int = 1, **more: Any) -> Any:
