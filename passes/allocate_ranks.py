@@ -35,7 +35,7 @@ def allocate_ranks(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         _allocate(chosen, ctx)
         _check_formats(chosen, ctx)
     result = PassResult()
-    for glob, _ in ctx.recipe.shares:
+    for glob in dict(ctx.recipe.shares):
         if not any(w.matches(glob) for w in chosen):
             result.notes.append(f"shares[{glob!r}]: no selected weight matches it")
     for node in gm.graph.find_nodes(op="placeholder"):
@@ -189,7 +189,8 @@ def _search(chosen: list[Weight], ctx: PassContext) -> None:
 
 def _shares(chosen: list[Weight], ctx: PassContext) -> dict[str, float]:
     """How many times the common share each weight gets."""
-    return {w.key: next((share for glob, share in ctx.recipe.shares if w.matches(glob)), 1.0) for w in chosen}
+    shares = dict(ctx.recipe.shares)
+    return {w.key: next((share for glob, share in shares.items() if w.matches(glob)), 1.0) for w in chosen}
 
 
 def _by_importance(chosen: list[Weight], ctx: PassContext, uniform: dict[str, int], target: float) -> dict[str, int]:

@@ -85,6 +85,10 @@ def _shape(node: Any) -> list[Any]:
     return list(node.meta["val"].shape)
 
 
+def _args(node: fx.Node) -> Any:
+    return node.args
+
+
 def _fp32(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.meta["val"].dtype == torch.float32
 
@@ -100,14 +104,14 @@ def _row_mean(make: _Maker, x: fx.Node) -> fx.Node:
 
 
 def _mean(make: _Maker, node: fx.Node) -> fx.Node | None:
-    x, dims, keep = (*node.args, False)[:3]
+    x, dims, keep = (*_args(node), False)[:3]
     if not (_fp32(x) and keep and len(dims) == 1 and _last(x, dims[0]) and not node.kwargs):
         return None
     return _row_mean(make, x) if isinstance(_shape(x)[-1], int) else None
 
 
 def _layer_norm(make: _Maker, node: fx.Node) -> fx.Node | None:
-    x, dims, weight, bias, epsilon = (*node.args, None, None, 1e-5)[:5] if len(node.args) < 5 else node.args[:5]
+    x, dims, weight, bias, epsilon = (*_args(node), None, None, 1e-5)[:5] if len(_args(node)) < 5 else _args(node)[:5]
     if not _fp32(x) or len(dims) != 1:
         return None
     off = make(aten.sub.Tensor, x, _row_mean(make, x))
@@ -120,14 +124,14 @@ def _layer_norm(make: _Maker, node: fx.Node) -> fx.Node | None:
 
 def _view(make: _Maker, node: fx.Node) -> fx.Node | None:
     """The size that isn't known is -1, where there is one alone."""
-    x = node.args[0]
+    x = _args(node)[0]
     shape = [d if isinstance(d, int) else -1 for d in _shape(node)]
     return make(aten.view.default, x, shape) if _fp32(x) and shape.count(-1) == 1 else None
 
 
 def _turn(make: _Maker, node: fx.Node) -> fx.Node | None:
     """cat(-x[half:], x[:half]) over the last dimension."""
-    parts, dim = (*node.args, 0)[:2]
+    parts, dim = (*_args(node), 0)[:2]
     if len(parts) != 2 or not _fp32(node) or not _last(node, dim):
         return None
     minus, right = parts
@@ -149,12 +153,12 @@ def _turn(make: _Maker, node: fx.Node) -> fx.Node | None:
 
 
 def _cube(make: _Maker, node: fx.Node) -> fx.Node | None:
-    x, power = node.args
+    x, power = _args(node)
     return make(aten.mul.Tensor, make(aten.mul.Tensor, x, x), x) if power == 3 else None
 
 
 def _back(make: _Maker, node: fx.Node) -> fx.Node | None:
-    x, *dims = node.args
+    x, *dims = _args(node)
     again = x.target is aten.transpose.int and sorted(x.args[1:]) == sorted(dims) and min(dims) >= 0
     return x.args[0] if again else None
 

@@ -104,13 +104,13 @@ def evaluate(
     ]
 
 
-def wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
+def wrap(given: Any, tokenizer: Any, batch_size: int) -> Any:
     """lm-eval's view of a model in memory, or of a file for a phone."""
-    if not isinstance(model, torch.nn.Module):
+    if not isinstance(given, torch.nn.Module):
         from lrcompile.export.score import PhoneLM
 
-        return PhoneLM(model, tokenizer)
-    model.eval()
+        return PhoneLM(given, tokenizer)
+    model: Any = given.eval()
     from lm_eval.models.huggingface import HFLM
 
     # It ties weights anew, which the model has had since it was made: an adopted one must be left as it is.
