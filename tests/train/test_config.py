@@ -292,7 +292,7 @@ def test_differences_are_told_in_words() -> None:
 
 
 def test_what_may_change_on_resume(tmp_path: Path) -> None:
-    old = Run()
+    old = Run.pretrain_defaults()
     free = [
         "--out",
         "x",

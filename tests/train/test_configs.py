@@ -36,7 +36,7 @@ def dried(command: Command, name: str, *more: str) -> Report:
 
 
 def test_all_configs_are_here() -> None:
-    named = {"cpu-tiny", "gpt2-124m", "gpt2-1.5b", "llama-1b"}
+    named = {"cpu-tiny", "gpt2-124m", "gpt2-1.5b", "heal-smollm2", "llama-1b"}
     assert {path.stem for path in CONFIGS.glob("*.toml")} == named
     assert {path.stem for path in CONFIGS.glob("financial/*.toml")} == {*REGIMES, "compress"}
     sources = {"cpu-tiny", "gpt2-124m", "gpt2-1.5b", "llama-1b"}
@@ -50,7 +50,7 @@ def test_its_comments_name_itself_and_data_where_it_is_read(path: Path) -> None:
     run, _ = read("pretrain", [f"examples/configs/{path.name}"])
     out = re.findall(r"lrcompile data .* --out (\S+)", text)
     assert [f"{out[0]}/train", f"{out[0]}/validation"] == [run.data.train, run.data.validation]
-    assert run.recipe.preset == "pretrain"
+    assert run.recipe.preset == ("compress" if path.stem == "heal-smollm2" else "pretrain")
     assert run.out == f"out/{path.stem}"
 
 
@@ -58,6 +58,11 @@ def test_cpu_tiny() -> None:
     report = dried("pretrain", "cpu-tiny")
     assert report.total < 1e9
     assert report.parameters[0] / report.parameters[1] > 1.9
+
+
+def test_heal_smollm2() -> None:
+    report = dried("pretrain", "heal-smollm2", *TINY)
+    assert report.plan is not None and 1.6 < report.plan.compression < 1.8
 
 
 def test_gpt2_124m() -> None:
