@@ -10,7 +10,7 @@ materialise  seconds and memory to start GPT-2 1.5B from its config on two ranks
 finetune  peak memory and speed of finetuning Llama 3 8B in NF4, against peft and bitsandbytes, on a GPU
 kernels  our kernels against the vendor's library and torch.compile, on a GPU; without one, what the cost model expects
 quality  held-out loss of dense and low-rank twins, trained on the same tokens: at equal tokens, FLOPs and seconds
-export   bytes of files for a phone (GPT-2 1.5B at r = d/4), rate of ExecuTorch's runtime against the dense model
+export   bytes of files for a phone (GPT-2 1.5B at r = d/4), rates of ExecuTorch's runtime against the dense models
 aot      what every shipped kernel configuration compiles to, for every GPU target; needs no GPU
 
 Times vary from run to run and machine to machine: what is compared is measured side by side, and given as a ratio.
@@ -38,6 +38,10 @@ def main(argv: Sequence[str]) -> None:
         own.add_argument("--quick", action="store_true", help="a small part: checks that the measurement runs")
         if name in ("driver", "materialise", "step", "finetune", "kernels"):
             own.add_argument("--out", type=Path, metavar="DIR", help=f"write {name}-DEVICE.json there")
+        if name == "export":
+            own.add_argument(
+                "--out", type=Path, metavar="DIR", help="keep the files; what is there isn't written again"
+            )
         if name == "step":
             own.add_argument(
                 "--minutes", type=float, default=1.5, help="of steps for each model on a GPU (default 1.5)"

@@ -1,12 +1,15 @@
 """Files for a phone: their bytes, and the rate of ExecuTorch's runtime on two cores against the dense model's, in one run.
 
 Weights are random, since bytes and rates don't ask for their values. The sizes are of a GPT-2 of 1.5B parameters with ranks of
-a quarter of its width; the rates of SmolLM2-135M's shape, dense and compressed, generating in turns. Each line is printed when
-it is known: exporting takes minutes.
+a quarter of its width. The rates, in the format for phones, are of SmolLM2-135M's shape, and of twelve layers of that GPT-2 (the
+whole one, dense, would take more memory to export than most machines have); dense and compressed generate in turns. Each line
+is printed when it is known: exporting takes minutes. With --out DIR the files stay there, and what is there is measured and not
+written again, so that rates can be measured when the machine is free.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import tempfile
@@ -24,12 +27,14 @@ from lrcompile.train.materialise import allocate
 from lrcompile.train.values import parameters_on_meta
 from lrcompile.words import size
 
-COMPRESSION = 2.64
+COMPRESSION = Recipe(compression=2.64)
+QUARTER = Recipe(rank_ratio=0.25)
+RATED = "8da4w"
 TARGETS = {"int8": 0.59e9, "8da4w": 0.35e9}
 
 
-def run(*, quick: bool = False) -> None:
-    """Print both tables, line by line."""
+def run(*, out: Path | None = None, quick: bool = False) -> None:
+    """Print both tables, line by line; the files stay in `out` where it is given."""
     from transformers import GPT2Config, LlamaConfig
 
     large: dict[str, Any] = {"n_embd": 1600, "n_layer": 48, "n_head": 25}
@@ -43,10 +48,15 @@ def run(*, quick: bool = False) -> None:
     if quick:
         large, heads = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 512}, {"num_attention_heads": 2}
         small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 512}
-    with tempfile.TemporaryDirectory() as folder:
-        _sizes(GPT2Config(**large), Path(folder), quick)
+    with tempfile.TemporaryDirectory() as passing:
+        folder = Path(passing) if out is None else out
+        folder.mkdir(parents=True, exist_ok=True)
+        _sizes(GPT2Config(**large), folder, quick)
+        tokens, turns = (8, 2) if quick else (64, 7)
         shape = LlamaConfig(**small, **heads, max_position_embeddings=2048, tie_word_embeddings=True)
-        _rates(shape, Path(folder), 8 if quick else 64, 2 if quick else 7)
+        _rates("Llama", shape, "2.64x", COMPRESSION, folder, tokens, turns)
+        shallow = GPT2Config(**{**large, "n_layer": 1 if quick else 12})
+        _rates("GPT-2", shallow, "quarter", QUARTER, folder, tokens, turns)
 
 
 def _line(*cells: str) -> None:
@@ -72,53 +82,64 @@ def random_model(config: Any, recipe: Recipe | None) -> Any:
     return model.eval()
 
 
-def _sizes(config: Any, folder: Path, quick: bool) -> None:
+def _file(folder: Path, model: str, config: Any, recipe: Recipe | None, form: str, length: int) -> dict[str, Any]:
+    """A file of a random model in the folder, written unless it is there: its path, bytes, pairs, parameters, minutes."""
     from lrcompile.export.lower import export_executorch
 
-    recipe, length = Recipe(rank_ratio=0.25), 32 if quick else 256
+    name = f"{config.model_type}-{config.num_hidden_layers}x{config.hidden_size}-{model}-{form}-{length}"
+    path, told = folder / f"{name}.pte", folder / f"{name}.json"
+    if not told.exists():
+        built = random_model(config, recipe)
+        numbers, start = sum(p.numel() for p in built.parameters()), time.perf_counter()
+        made = export_executorch(built, path, form=form, max_length=length)
+        minutes = (time.perf_counter() - start) / 60
+        figures = {"bytes": made.nbytes, "pairs": made.pairs, "parameters": numbers, "minutes": minutes}
+        told.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    return {"path": path, **json.loads(told.read_text(encoding="utf-8"))}
+
+
+def _sizes(config: Any, folder: Path, quick: bool) -> None:
     print(f"GPT-2 of {config.n_layer} layers x {config.n_embd}, ranks of a quarter")
     _line("format", "linear pairs", "parameters", "bytes of the file", "target", "minutes to export")
     for form in TARGETS:
-        model = random_model(config, recipe)
-        numbers = sum(p.numel() for p in model.parameters())
-        start = time.perf_counter()
-        made = export_executorch(model, folder / "large.pte", form=form, max_length=length)
-        minutes = (time.perf_counter() - start) / 60
-        target = "-" if quick else f"{size(TARGETS[form])}: {'met' if made.nbytes < TARGETS[form] else 'MISSED'}"
-        _line(form, str(made.pairs), f"{numbers:,}", f"{made.nbytes:,}", target, f"{minutes:.1f}")
-        del model, made
+        file = _file(folder, "quarter", config, QUARTER, form, 32 if quick else 256)
+        nbytes = file["bytes"]
+        target = "-" if quick else f"{size(TARGETS[form])}: {'met' if nbytes < TARGETS[form] else 'MISSED'}"
+        _line(form, str(file["pairs"]), f"{file['parameters']:,}", f"{nbytes:,}", target, f"{file['minutes']:.1f}")
 
 
-def _rates(config: Any, folder: Path, tokens: int, turns: int) -> None:
-    from lrcompile.export.lower import export_executorch
+def _rates(family: str, config: Any, compressed: str, recipe: Recipe, folder: Path, tokens: int, turns: int) -> None:
     from lrcompile.export.runtime import Program
 
-    print(
-        f"\nLlama of {config.num_hidden_layers} layers x {config.hidden_size}, {os.cpu_count()} cores; linears compressed"
-    )
+    layers, width = config.num_hidden_layers, config.hidden_size
+    print(f"\n{family} of {layers} layers x {width} in {RATED}, {os.cpu_count()} cores; linears dense and compressed")
     prompt = [t % config.vocab_size for t in range(2 * tokens)]
-    _line("format", "model", "file", "tokens/s", "rate", f"ms to read {len(prompt)}", "load")
-    for form in TARGETS:
-        programs, files = {}, {}
-        for name, recipe in {"dense": None, f"{COMPRESSION}x": Recipe(compression=COMPRESSION)}.items():
-            model = random_model(config, recipe)
-            files[name] = export_executorch(model, folder / f"{name}.pte", form=form, max_length=4 * tokens).nbytes
-            programs[name] = Program(folder / f"{name}.pte")
-            programs[name].ends = []
-        rates: dict[str, list[float]] = {name: [] for name in programs}
-        reads: dict[str, list[float]] = {name: [] for name in programs}
-        for turn in range(turns + 1):
-            for name in list(programs) if turn % 2 else list(programs)[::-1]:
-                start = time.perf_counter()
-                programs[name].logits(prompt, 0)
-                read = time.perf_counter()
-                said = sum(1 for _ in programs[name].generate([1], tokens, position=len(prompt)))
-                if turn:  # the first one warms up
-                    reads[name].append(read - start)
-                    rates[name].append(said / (time.perf_counter() - read))
-        dense = statistics.median(rates["dense"])
-        for name in programs:
-            rate, read = statistics.median(rates[name]), statistics.median(reads[name])
-            _line(
-                form, name, size(files[name]), f"{rate:.1f}", f"{rate / dense:.2f}x", f"{read * 1e3:.0f}", f"{load()}"
-            )
+    _line("model", "file", "tokens/s", "rate", f"ms to read {len(prompt)}", "rate", "load")
+    programs, files = {}, {}
+    for name, how in {"dense": None, compressed: recipe}.items():
+        file = _file(folder, name, config, how, RATED, 4 * tokens)
+        programs[name], files[name] = Program(file["path"]), file["bytes"]
+        programs[name].ends = []
+    saying: dict[str, list[float]] = {name: [] for name in programs}
+    reading: dict[str, list[float]] = {name: [] for name in programs}
+    for turn in range(turns + 1):
+        for name in list(programs) if turn % 2 else list(programs)[::-1]:
+            start = time.perf_counter()
+            programs[name].logits(prompt, 0)
+            read = time.perf_counter()
+            said = sum(1 for _ in programs[name].generate([1], tokens, position=len(prompt)))
+            if turn:  # the first one warms up
+                reading[name].append(read - start)
+                saying[name].append((time.perf_counter() - read) / said)
+    for name in programs:
+        say, read = statistics.median(saying[name]), statistics.median(reading[name])
+        faster, sooner = statistics.median(saying["dense"]) / say, statistics.median(reading["dense"]) / read
+        _line(
+            name,
+            size(files[name]),
+            f"{1 / say:.1f}",
+            f"{faster:.2f}x",
+            f"{read * 1e3:.0f}",
+            f"{sooner:.2f}x",
+            f"{load()}",
+        )

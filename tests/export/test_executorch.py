@@ -275,7 +275,13 @@ def test_smollm2(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_bench_runs(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "export", "--quick"]) == 0
+def test_the_bench_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "export", "--quick", "--out", str(tmp_path)]) == 0
     told = capfd.readouterr().out
-    assert told.count("2.64x") == 2 and "8da4w" in told
+    assert "2.64x" in told and told.count("quarter") == 2 and "8da4w" in told
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pte")}
+    assert len(written) == 6
+    assert main(["bench", "export", "--quick", "--out", str(tmp_path)]) == 0
+    again = capfd.readouterr().out
+    assert again.split("\n\n")[0] == told.split("\n\n")[0]  # sizes and the minutes that they took
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pte")}
