@@ -17,7 +17,7 @@ from torch import nn
 
 from lrcompile.errors import ExportError, MissingLibraryError
 from lrcompile.export.budget import too_large, weigh
-from lrcompile.export.quantise import FORMATS, GROUP, quantise
+from lrcompile.export.quantise import FORMATS, GROUP, quantise, refuse_widths
 from lrcompile.export.rewrite import rewrite
 from lrcompile.export.tie import share_tied
 from lrcompile.export.unfold import Pair, unfold
@@ -91,6 +91,7 @@ def as_exported(model: Any, form: str, max_length: int, *, max_bytes: int | None
 
     with torch.no_grad(), quietly():
         unfold(nn.Module.float(model).eval(), multiple=GROUP if form == "8da4w" else 1)
+        refuse_widths(model, form)  # before its bytes, which would be of another format
         expected = weigh(model, form).total
         if max_bytes is not None and expected > max_bytes:
             raise ExportError(f"the file would have {too_large(model, form, max_bytes, expected)}")
@@ -119,21 +120,26 @@ def require() -> Any:
 
 
 def _metadata(model: Any, form: str, max_length: int) -> dict[str, Any]:
-    config, generation = model.config.get_text_config(), getattr(model, "generation_config", None)
-    ends = getattr(generation, "eos_token_id", None)
-    ends = config.eos_token_id if ends is None else ends
+    config = model.config.get_text_config()
     first = config.bos_token_id if isinstance(config.bos_token_id, int) else -1
     return {
         "get_vocab_size": config.vocab_size,
         "get_max_seq_len": max_length,
         "get_max_context_len": max_length,
         "get_bos_id": first,
-        "get_eos_ids": [] if ends is None else [ends] if isinstance(ends, int) else list(ends),
+        "get_eos_ids": end_tokens(model),
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,
         "lrcompile_format": form,
     }
+
+
+def end_tokens(model: Any) -> list[int]:
+    """What ends an answer of a model: its generation's tokens, or else its config's."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = getattr(model.config.get_text_config(), "eos_token_id", None) if ends is None else ends
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def _check_cached(cached: Any) -> None:

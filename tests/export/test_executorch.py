@@ -128,7 +128,7 @@ def test_what_is_refused_before_the_work(tmp_path: Path, made: dict[str, Exporte
     with pytest.raises(ExportError, match="no format 'int3'; there are 8da4w, int8, none"):
         export_executorch(tiny(), path, form="int3", max_length=16)
     with pytest.raises(ExportError, match=r"groups of 32 inputs, .*down_proj.* \(100 inputs\).*--quantise int8"):
-        export_executorch(tiny(adopted=False, intermediate_size=100), path, max_length=16)
+        export_executorch(tiny(adopted=False, intermediate_size=100), path, max_length=16, max_bytes=1000)
     with pytest.raises(ExportError, match="positions for 2 to 128"):
         export_executorch(tiny(), path, max_length=129)
     with pytest.raises(ExportError, match="ends in .pte"):
@@ -233,8 +233,11 @@ def test_a_file_is_evaluated_as_its_eager_model_is(
     assert run("eval", made[form].path, *tasks, "--json", tmp_path / "file.json") == 0
     eager = ["eval", home / "adopted", "--base", home / "dense", "--quantise", form]
     assert run(*eager, *tasks, "--json", tmp_path / "eager.json") == 0
-    scores = [json.loads((tmp_path / f"{name}.json").read_text())["tasks"]["boolq"] for name in ("file", "eager")]
+    told = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("file", "eager")]
+    scores = [figures["tasks"]["boolq"] for figures in told]
     assert scores[0]["rows"] > 1 and scores[0]["accuracy"] == scores[1]["accuracy"]
+    ran = [[figures[name] for name in ("runtime", "quantise", "device", "dtype")] for figures in told]
+    assert ran == [["executorch", form, "cpu", "float32"], ["torch", form, "cpu", "float32"]]
     with pytest.raises(EvalError, match="--tokenizer"):
         run("eval", made[form].path, *tasks[:4])
     with pytest.raises(EvalError, match="--quantise doesn't go with"):

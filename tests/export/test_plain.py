@@ -97,6 +97,21 @@ def test_what_would_fit_is_told() -> None:
     assert "smaller model" in too_large(model, "8da4w", int4.rest // 2, int4.total)
 
 
+def test_only_what_can_be_done_is_recommended() -> None:
+    """Groups of 32 inputs don't divide 100; ranks of 16 are filled up, and weigh what they will then."""
+    model = unfold(tiny(adopted=False, intermediate_size=100))
+    have = weigh(model, "int8")
+    told = too_large(model, "int8", have.rest + have.linears // 2, have.total)
+    assert "8da4w" not in told and "in int8, linears compressed 2.00x more" in told
+    assert "in int8: choose a smaller model" in too_large(model, "int8", have.rest // 2, have.total)
+    assert "8da4w" not in too_large(model, "none", have.rest // 2, weigh(model, "none").total)
+    adopted = tiny()
+    filled, model = unfold(copy.deepcopy(adopted), multiple=32), unfold(adopted)
+    assert weigh(model, "8da4w") == weigh(filled, "8da4w")
+    told = too_large(model, "int8", weigh(filled, "8da4w").total, weigh(model, "int8").total)
+    assert "--quantise 8da4w makes it" in told
+
+
 def test_dense_directory(tmp_path: Path) -> None:
     model = tiny()
     want = model(**IDS).logits
