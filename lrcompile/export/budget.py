@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lrcompile.export.quantise import FORMATS, GROUP, linears, odd_widths
+from lrcompile.export.quantise import FORMATS, GROUP, head_of, linears, odd_widths
 from lrcompile.export.unfold import Pair
 from lrcompile.words import size
 
@@ -28,7 +28,7 @@ def weigh(model: Any, form: str) -> Weight:
 
     In 8da4w ranks are counted as they will be, in whole groups, for whatever format the model was unfolded.
     """
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embedding = head_of(model), model.get_input_embeddings()
     inside = {id(m.weight): m.weight for _, m in linears(model) if m is not head}
     sizes = {key: weight.shape for key, weight in inside.items()}
     for pair in model.modules():

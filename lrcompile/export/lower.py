@@ -61,12 +61,11 @@ def export_executorch(
             shape that can't be exported.
         MissingLibraryError: executorch or torchao is not installed.
     """
-    path = Path(path)
-    if path.suffix != ".pte" or not path.absolute().parent.is_dir():
-        raise ExportError(f"can't write {path}: give a name that ends in .pte, in a folder that is there")
+    path = check_path(path)
     if form not in FORMATS:
         raise ExportError(f"no format {form!r}; there are {', '.join(FORMATS)}")
     exir = require()
+    _refuse_other_kinds(model)
     meta = _metadata(model, form, max_length)
     with torch.no_grad(), quietly():
         cached = as_exported(model, form, max_length, max_bytes=max_bytes)
@@ -84,9 +83,22 @@ def export_executorch(
     return Exported(path, len(data), pairs, cached)
 
 
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """Where a file is to be written.
+
+    Raises:
+        ExportError: another kind of name, or no such folder.
+    """
+    path = Path(path)
+    if path.suffix != ".pte" or not path.absolute().parent.is_dir():
+        raise ExportError(f"can't write {path}: give a name that ends in .pte, in a folder that is there")
+    return path
+
+
 def as_exported(model: Any, form: str, max_length: int, *, max_bytes: int | None = None) -> Any:
     """The eager model that a file computes like (`cached.Cached`); arguments and errors are `export_executorch`'s."""
     require()
+    _refuse_other_kinds(model)
     from lrcompile.export.cached import Cached
 
     with torch.no_grad(), quietly():
@@ -117,6 +129,15 @@ def require() -> Any:
     except ImportError as error:
         raise MissingLibraryError(f"exporting to ExecuTorch needs executorch and torchao: {EXTRA} ({error})") from error
     return exir
+
+
+def _refuse_other_kinds(model: Any) -> None:
+    """Encoders too: with one layer, the last token's logits are a causal model's, and the check of the cache is blind."""
+    causal = all(getattr(module, "is_causal", None) is not False for module in model.modules())
+    if not (causal and getattr(model, "can_generate", lambda: False)()):
+        raise ExportError(
+            f"{type(model).__name__} is no causal language model of transformers: nothing else can be exported"
+        )
 
 
 def _metadata(model: Any, form: str, max_length: int) -> dict[str, Any]:
@@ -156,7 +177,10 @@ def _check_cached(cached: Any) -> None:
         raise ExportError(f"{type(model).__name__} can't be run with keys in a cache: {_first_line(error)}") from error
     off = (found - want).abs().max() / want.abs().max().clamp_min(1e-6)
     if not off < 1e-3:
-        raise ExportError(f"{type(model).__name__} computes something else with its keys in a cache (off by {off:.2g})")
+        raise ExportError(
+            f"{type(model).__name__} computes something else with its keys in a cache (off by {off:.2g}); layers "
+            "that are one module have one cache: give each a copy"
+        )
 
 
 def _lower(exir: Any, cached: Any, meta: dict[str, Any]) -> bytes:

@@ -74,7 +74,7 @@ def quantise(model: Any, form: str) -> Any:
     if form == "none":
         return model
     refuse_widths(model, form)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), head_of(model)
     tied = head is not None and head.weight is embedding.weight
     done: dict[int, nn.Parameter] = {}
     for _, module in linears(model):
@@ -94,6 +94,12 @@ def quantise(model: Any, form: str) -> Any:
         table = Table(coded.qdata, coded.scale, 4 if coded.target_dtype is _INT4 else 8)
         setattr(model.get_submodule(owner), last, table)
     return model
+
+
+def head_of(model: Any) -> Any:
+    """The output head where it is one linear; None where there is none, or a pair, whose linears are like all others."""
+    head = model.get_output_embeddings()
+    return head if isinstance(head, nn.Linear) else None
 
 
 def linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:

@@ -33,6 +33,9 @@ class Program:
         path = Path(path)
         if not path.is_file():
             raise ExportError(f"no such file: {path}")
+        with open(path, "rb") as file:
+            if (head := file.read(6)) and head[4:] != b"ET":  # the runtime would end the process
+                raise ExportError(f"{path} is no ExecuTorch program that can be read: it begins with other bytes")
         with quietly() as last_line:
             try:
                 self._program = Runtime.get().load_program(path)
@@ -61,7 +64,12 @@ class Program:
         Raises:
             ExportError: there is no place left for them, or they are no tokens of this model.
         """
-        _check(self, tokens, position, "that the file has room for: shorten the prompt, or export with a larger --max-length")
+        _check(
+            self,
+            tokens,
+            position,
+            "that the file has room for: shorten the prompt, or export with a larger --max-length",
+        )
         given = [torch.tensor([list(tokens)]), torch.tensor([position])]
         return self._forward.execute(given)[0][0].clone()
 

@@ -102,7 +102,12 @@ def _run(args: argparse.Namespace) -> int:
                 args.model, base=args.base, adapter=args.adapter, tokenizer=args.tokenizer, device=device, dtype=dtype
             )
             kept = next(p.dtype for p in model.parameters() if p.is_floating_point())  # codes and their scales are none
-            ran = {"runtime": "torch", "quantise": None, "device": str(device), "dtype": str(kept).removeprefix("torch.")}
+            ran = {
+                "runtime": "torch",
+                "quantise": None,
+                "device": str(device),
+                "dtype": str(kept).removeprefix("torch."),
+            }
         if args.quantise:
             from lrcompile.export.lower import as_exported
             from lrcompile.export.runtime import Eager
@@ -125,7 +130,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def _refuse_beside_quantise(device: Any, dtype: str | None) -> None:
     if device.type != "cpu":
-        raise EvalError(f"--quantise evaluates on the CPU, where such a file runs, and not on {device}: leave out --device")
+        raise EvalError(
+            f"--quantise evaluates on the CPU, where such a file runs, and not on {device}: leave out --device"
+        )
     if dtype not in (None, "float32"):
         raise EvalError(
             f"--quantise computes in float32 around its integers, as a .pte file does, and not in {dtype}, which would only "
