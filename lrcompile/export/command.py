@@ -69,9 +69,10 @@ def _bytes(text: str) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     if args.to == "executorch":
-        from lrcompile.export.lower import require
+        from lrcompile.export.lower import check_path, require
 
         require()  # what is missing is told before a model is loaded
+        check_path(args.out)
         if args.factored:
             raise ExportError("--factored goes with --to hf; in a .pte file pairs stay pairs anyway")
     elif args.quantise or args.max_length is not None or args.max_bytes:

@@ -17,7 +17,7 @@ from torch import nn
 
 from lrcompile.errors import ExportError, MissingLibraryError
 from lrcompile.export.budget import too_large, weigh
-from lrcompile.export.quantise import FORMATS, GROUP, quantise
+from lrcompile.export.quantise import FORMATS, GROUP, quantise, refuse_widths
 from lrcompile.export.rewrite import rewrite
 from lrcompile.export.tie import share_tied
 from lrcompile.export.unfold import Pair, unfold
@@ -61,12 +61,11 @@ def export_executorch(
             shape that can't be exported.
         MissingLibraryError: executorch or torchao is not installed.
     """
-    path = Path(path)
-    if path.suffix != ".pte" or not path.absolute().parent.is_dir():
-        raise ExportError(f"can't write {path}: give a name that ends in .pte, in a folder that is there")
+    path = check_path(path)
     if form not in FORMATS:
         raise ExportError(f"no format {form!r}; there are {', '.join(FORMATS)}")
     exir = require()
+    _refuse_other_kinds(model)
     meta = _metadata(model, form, max_length)
     with torch.no_grad(), quietly():
         cached = as_exported(model, form, max_length, max_bytes=max_bytes)
@@ -84,13 +83,27 @@ def export_executorch(
     return Exported(path, len(data), pairs, cached)
 
 
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """Where a file is to be written.
+
+    Raises:
+        ExportError: another kind of name, or no such folder.
+    """
+    path = Path(path)
+    if path.suffix != ".pte" or not path.absolute().parent.is_dir():
+        raise ExportError(f"can't write {path}: give a name that ends in .pte, in a folder that is there")
+    return path
+
+
 def as_exported(model: Any, form: str, max_length: int, *, max_bytes: int | None = None) -> Any:
     """The eager model that a file computes like (`cached.Cached`); arguments and errors are `export_executorch`'s."""
     require()
+    _refuse_other_kinds(model)
     from lrcompile.export.cached import Cached
 
     with torch.no_grad(), quietly():
         unfold(nn.Module.float(model).eval(), multiple=GROUP if form == "8da4w" else 1)
+        refuse_widths(model, form)  # before its bytes, which would be of another format
         expected = weigh(model, form).total
         if max_bytes is not None and expected > max_bytes:
             raise ExportError(f"the file would have {too_large(model, form, max_bytes, expected)}")
@@ -118,22 +131,36 @@ def require() -> Any:
     return exir
 
 
+def _refuse_other_kinds(model: Any) -> None:
+    """Encoders too: with one layer, the last token's logits are a causal model's, and the check of the cache is blind."""
+    causal = all(getattr(module, "is_causal", None) is not False for module in model.modules())
+    if not (causal and getattr(model, "can_generate", lambda: False)()):
+        raise ExportError(
+            f"{type(model).__name__} is no causal language model of transformers: nothing else can be exported"
+        )
+
+
 def _metadata(model: Any, form: str, max_length: int) -> dict[str, Any]:
-    config, generation = model.config.get_text_config(), getattr(model, "generation_config", None)
-    ends = getattr(generation, "eos_token_id", None)
-    ends = config.eos_token_id if ends is None else ends
+    config = model.config.get_text_config()
     first = config.bos_token_id if isinstance(config.bos_token_id, int) else -1
     return {
         "get_vocab_size": config.vocab_size,
         "get_max_seq_len": max_length,
         "get_max_context_len": max_length,
         "get_bos_id": first,
-        "get_eos_ids": [] if ends is None else [ends] if isinstance(ends, int) else list(ends),
+        "get_eos_ids": end_tokens(model),
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,
         "lrcompile_format": form,
     }
+
+
+def end_tokens(model: Any) -> list[int]:
+    """What ends an answer of a model: its generation's tokens, or else its config's."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = getattr(model.config.get_text_config(), "eos_token_id", None) if ends is None else ends
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def _check_cached(cached: Any) -> None:
@@ -150,7 +177,10 @@ def _check_cached(cached: Any) -> None:
         raise ExportError(f"{type(model).__name__} can't be run with keys in a cache: {_first_line(error)}") from error
     off = (found - want).abs().max() / want.abs().max().clamp_min(1e-6)
     if not off < 1e-3:
-        raise ExportError(f"{type(model).__name__} computes something else with its keys in a cache (off by {off:.2g})")
+        raise ExportError(
+            f"{type(model).__name__} computes something else with its keys in a cache (off by {off:.2g}); layers "
+            "that are one module have one cache: give each a copy"
+        )
 
 
 def _lower(exir: Any, cached: Any, meta: dict[str, Any]) -> bytes:

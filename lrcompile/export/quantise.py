@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lrcompile.errors import ExportError
+from lrcompile.export.unfold import Pair
 
 _INT4 = getattr(torch, "int4")  # noqa: B009 (torch's stubs leave it out)
 
@@ -72,9 +73,8 @@ def quantise(model: Any, form: str) -> Any:
     """
     if form == "none":
         return model
-    if form == "8da4w":
-        _refuse_groups(model)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    refuse_widths(model, form)
+    embedding, head = model.get_input_embeddings(), head_of(model)
     tied = head is not None and head.weight is embedding.weight
     done: dict[int, nn.Parameter] = {}
     for _, module in linears(model):
@@ -96,14 +96,33 @@ def quantise(model: Any, form: str) -> Any:
     return model
 
 
+def head_of(model: Any) -> Any:
+    """The output head where it is one linear; None where there is none, or a pair, whose linears are like all others."""
+    head = model.get_output_embeddings()
+    return head if isinstance(head, nn.Linear) else None
+
+
 def linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     """(name, module) of every nn.Linear."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
-def _refuse_groups(model: nn.Module) -> None:
-    odd = [f"{name} ({m.in_features} inputs)" for name, m in linears(model) if m.in_features % GROUP]
-    if odd:
+def odd_widths(model: nn.Module, form: str) -> list[str]:
+    """The linears, with their inputs, that the format can't hold; not a pair's second one, whose rank can be filled up."""
+    if form != "8da4w":
+        return []
+    ranks = {id(pair.up) for pair in model.modules() if isinstance(pair, Pair)}
+    odd = [(name, m.in_features) for name, m in linears(model) if m.in_features % GROUP and id(m) not in ranks]
+    return [f"{name} ({inputs} inputs)" for name, inputs in odd]
+
+
+def refuse_widths(model: nn.Module, form: str) -> None:
+    """Refuse a model with linears that the format can't hold.
+
+    Raises:
+        ExportError: naming them, and the format that can.
+    """
+    if odd := odd_widths(model, form):
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         raise ExportError(
             f"8da4w has groups of {GROUP} inputs, which don't divide those of {', '.join(odd[:3])}{more}; "

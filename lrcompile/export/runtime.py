@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lrcompile.errors import ExportError
-from lrcompile.export.lower import quietly, require
+from lrcompile.export.lower import end_tokens, quietly, require
 
 
 class Program:
@@ -33,6 +33,9 @@ class Program:
         path = Path(path)
         if not path.is_file():
             raise ExportError(f"no such file: {path}")
+        with open(path, "rb") as file:
+            if (head := file.read(6)) and head[4:] != b"ET":  # the runtime would end the process
+                raise ExportError(f"{path} is no ExecuTorch program that can be read: it begins with other bytes")
         with quietly() as last_line:
             try:
                 self._program = Runtime.get().load_program(path)
@@ -61,17 +64,12 @@ class Program:
         Raises:
             ExportError: there is no place left for them, or they are no tokens of this model.
         """
-        if not tokens:
-            raise ExportError("the prompt has no tokens; write something")
-        if position + len(tokens) > self.max_length:
-            raise ExportError(
-                f"{position + len(tokens)} tokens don't fit into the {self.max_length} that the file has room for: shorten the "
-                "prompt, or export with a larger --max-length"
-            )
-        if not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
-            raise ExportError(
-                f"token {max(tokens)} is none of the model's {self.vocabulary}: this is the tokenizer of another model"
-            )
+        _check(
+            self,
+            tokens,
+            position,
+            "that the file has room for: shorten the prompt, or export with a larger --max-length",
+        )
         given = [torch.tensor([list(tokens)]), torch.tensor([position])]
         return self._forward.execute(given)[0][0].clone()
 
@@ -88,18 +86,27 @@ class Program:
                 return
 
 
+def _check(model: Program | Eager, tokens: Sequence[int], position: int, room: str) -> None:
+    if not tokens:
+        raise ExportError("the prompt has no tokens; write something")
+    if position + len(tokens) > model.max_length:
+        raise ExportError(f"{position + len(tokens)} tokens don't fit into the {model.max_length} {room}")
+    if (wrong := next((t for t in tokens if not 0 <= t < model.vocabulary), None)) is not None:
+        raise ExportError(
+            f"token {wrong} is none of the model's {model.vocabulary}: this is the tokenizer of another model"
+        )
+
+
 class Eager:
     """The eager model of a file (`lower.as_exported`), asked as a `Program` is."""
 
     def __init__(self, cached: Any) -> None:
-        config = cached.model.config.get_text_config()
-        self._cached, self.vocabulary, self.max_length = cached, config.vocab_size, cached.max_length
-        ends = config.eos_token_id
-        self.ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        self.vocabulary = cached.model.config.get_text_config().vocab_size
+        self._cached, self.max_length, self.ends = cached, cached.max_length, end_tokens(cached.model)
 
     def logits(self, tokens: Sequence[int], position: int) -> torch.Tensor:
         """As `Program.logits`."""
-        if position + len(tokens) > self.max_length:
-            raise ExportError(f"{position + len(tokens)} tokens don't fit into the {self.max_length} of --max-length")
-        with torch.no_grad():
+        room = "that a quantised model is evaluated with: shorten the prompt, or evaluate it without --quantise"
+        _check(self, tokens, position, room)
+        with torch.no_grad(), quietly():
             return self._cached(torch.tensor([list(tokens)]), torch.tensor([position]))[0]

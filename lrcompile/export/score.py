@@ -25,7 +25,24 @@ class PhoneLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return int(self.tokenizer.eos_token_id)
+        """The first end token: the tokenizer's, or else the model's.
+
+        Raises:
+            EvalError: there is none.
+        """
+        ends = [self.tokenizer.eos_token_id, *self.model.ends]
+        if (end := next((end for end in ends if end is not None), None)) is None:
+            raise EvalError(
+                "neither the tokenizer nor the model has an end token, and an answer to no question is scored after one: "
+                "name it in the tokenizer's files (eos_token)"
+            )
+        return int(end)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before an answer to no question: the begin token, as in lm-eval's own models, or else an end token."""
+        first = self.tokenizer.bos_token_id
+        return self.eot_token_id if first is None else int(first)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         more = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
@@ -62,6 +79,8 @@ class PhoneLM(TemplateLM):
             tokens, made, text = self.tok_encode(prompt), list[int](), ""
             stops = how["until"]
             while len(made) < how["max_gen_toks"] and not any(stop in text for stop in stops):
+                if made and len(tokens) + len(made) > self.model.max_length:
+                    break  # the cache's end ends an answer, as it does on a phone; a prompt beyond it is an error
                 made.append(int(self._after(tokens + made).argmax()))
                 if made[-1] in self.model.ends:
                     break

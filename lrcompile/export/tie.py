@@ -2,18 +2,21 @@
 
 The lookup finds the matrix among the program's constants, XNNPACK in a segment of its own; both hold the same bytes, and
 segments of a file may overlap: XNNPACK's is made to lie inside the constants'. Only numbers in the file's table of segments
-change (ExecuTorch's program.fbs: fields 4, 5 and 7 of Program; its extended header: bytes 8 to 40).
+change (ExecuTorch's program.fbs: fields 4, 5 and 7 of Program; its extended header: bytes 8 to 40). ExecuTorch's own reader of
+that schema tells no places of numbers, and its writer can't make segments that overlap.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lrcompile.errors import ExportError
 
 _ALIGNMENT = 128  # of segments, as ExecuTorch writes them
 _WORTH = 1 << 10  # bytes; smaller ones may stay twice
+# Slots of a FlatBuffer's vtable are two bytes each after its first four: 4 is a table's first field, 6 its second.
+_SEGMENTS, _CONSTANTS, _NAMED = 12, 14, 18  # of Program
 
 
 class _Segment(NamedTuple):
@@ -63,48 +66,24 @@ def share_tied(file: bytes) -> bytes:
 
 def _read(file: bytes) -> tuple[list[_Segment], int | None, list[int], list[int]]:
     """The segments; which of them holds the constants, and the offsets of those in it; which are named."""
-    program = _follow(file, 0)
+    from flatbuffers.number_types import Uint32Flags, Uint64Flags
+    from flatbuffers.table import Table
+
+    def tables(slot: int) -> list[Any]:
+        at = program.Offset(slot)
+        count = program.VectorLen(at) if at else 0
+        return [Table(file, program.Indirect(program.Vector(at) + 4 * i)) for i in range(count)]
+
+    program = Table(file, Table(file, 0).Indirect(0))
     segments = []
-    for table in _tables(file, program, 4):
-        offset, size = _field(file, table, 0), _field(file, table, 1)
-        segments.append(_Segment(offset, _number(file, offset, "<Q"), _number(file, size, "<Q")))
-    named = sorted({_number(file, _field(file, table, 1), "<I") for table in _tables(file, program, 7)})
-    at = _field(file, program, 5)
-    if not at:
+    for table in tables(_SEGMENTS):
+        place = table.Offset(4)
+        offset, size = (int(table.GetSlot(slot, 0, Uint64Flags)) for slot in (4, 6))
+        segments.append(_Segment(place and table.Pos + place, offset, size))
+    named = sorted({int(table.GetSlot(6, 0, Uint32Flags)) for table in tables(_NAMED)})
+    if not (at := program.Offset(_CONSTANTS)):
         return segments, None, [], named
-    constants = _follow(file, at)
-    offsets: list[int] = []
-    if vector := _field(file, constants, 1):
-        vector = _follow(file, vector)
-        (count,) = struct.unpack_from("<I", file, vector)
-        offsets = list(struct.unpack_from(f"<{count}Q", file, vector + 4))
-    return segments, _number(file, _field(file, constants, 0), "<I"), offsets, named
-
-
-# A FlatBuffer: tables with a vtable of 16-bit places, and 32-bit offsets from where they stand.
-
-
-def _follow(file: bytes, at: int) -> int:
-    return at + struct.unpack_from("<I", file, at)[0]
-
-
-def _field(file: bytes, table: int, index: int) -> int:
-    """Where a field of a table is; 0 where it has its default."""
-    vtable = table - struct.unpack_from("<i", file, table)[0]
-    (size,) = struct.unpack_from("<H", file, vtable)
-    place = struct.unpack_from("<H", file, vtable + 4 + 2 * index)[0] if 4 + 2 * index < size else 0
-    return table + place if place else 0
-
-
-def _number(file: bytes, at: int, kind: str) -> int:
-    return struct.unpack_from(kind, file, at)[0] if at else 0
-
-
-def _tables(file: bytes, table: int, index: int) -> list[int]:
-    """A field that is a vector of tables."""
-    at = _field(file, table, index)
-    if not at:
-        return []
-    vector = _follow(file, at)
-    (count,) = struct.unpack_from("<I", file, vector)
-    return [_follow(file, vector + 4 + 4 * i) for i in range(count)]
+    constants = Table(file, program.Indirect(program.Pos + at))
+    at = constants.Offset(6)
+    offsets = struct.unpack_from(f"<{constants.VectorLen(at)}Q", file, constants.Vector(at)) if at else ()
+    return segments, int(constants.GetSlot(4, 0, Uint32Flags)), list(offsets), named

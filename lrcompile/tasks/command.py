@@ -85,37 +85,59 @@ def _run(args: argparse.Namespace) -> int:
     if args.json and not args.json.parent.is_dir():
         raise EvalError(f"can't write {args.json}: there is no folder {args.json.parent}")
     tasks = read_tasks([name.strip() for name in args.tasks.split(",") if name.strip()], args.data)
-    device, dtype = _device("cpu" if args.quantise and not args.device else args.device), _dtype(args.dtype)
-    if args.quantise and device.type != "cpu":
-        raise EvalError(f"--quantise evaluates on the CPU, where such a file runs, and not on {device}")
+    file = args.model.endswith(".pte")
+    device = _device("cpu" if (args.quantise or file) and not args.device else args.device)
+    if args.quantise and not file:
+        _refuse_beside_quantise(device, args.dtype)
     with offline():
         from lrcompile.tasks.model import load_model
 
-        if args.model.endswith(".pte"):
+        # What is run, and not what was asked for, stands in the JSON.
+        if file:
             model, tokenizer = _phone(args)
-            stored = None
+            ran = {"runtime": "executorch", "quantise": model.form, "device": "cpu", "dtype": "float32"}
         else:
+            dtype = _dtype(args.dtype)
             model, tokenizer = load_model(
                 args.model, base=args.base, adapter=args.adapter, tokenizer=args.tokenizer, device=device, dtype=dtype
             )
-            stored = str(next(model.parameters()).dtype)[6:]
-        if args.quantise and not args.model.endswith(".pte"):
+            kept = next(p.dtype for p in model.parameters() if p.is_floating_point())  # codes and their scales are none
+            ran = {
+                "runtime": "torch",
+                "quantise": None,
+                "device": str(device),
+                "dtype": str(kept).removeprefix("torch."),
+            }
+        if args.quantise:
             from lrcompile.export.lower import as_exported
             from lrcompile.export.runtime import Eager
 
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _PHONE_LENGTH
             model = Eager(as_exported(model, args.quantise, min(limit, _PHONE_LENGTH)))
+            ran |= {"quantise": args.quantise, "dtype": "float32"}
         scores = evaluate(model, tokenizer, tasks, limit=args.limit, batch_size=args.batch_size)
     show(score_table(scores))
     if args.json:
-        told = {name: getattr(args, name) for name in ("model", "base", "adapter", "tokenizer", "quantise", "limit")}
-        text = json.dumps(told | {"device": str(device), "dtype": stored} | to_json(scores), indent=1)
+        told = {name: getattr(args, name) for name in ("model", "base", "adapter", "tokenizer", "limit")}
+        text = json.dumps(told | ran | to_json(scores), indent=1)
         try:
             args.json.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise EvalError(f"can't write {args.json}: {error.strerror}") from error
         print(f"wrote {args.json}")
     return 0
+
+
+def _refuse_beside_quantise(device: Any, dtype: str | None) -> None:
+    if device.type != "cpu":
+        raise EvalError(
+            f"--quantise evaluates on the CPU, where such a file runs, and not on {device}: leave out --device"
+        )
+    if dtype not in (None, "float32"):
+        raise EvalError(
+            f"--quantise computes in float32 around its integers, as a .pte file does, and not in {dtype}, which would only "
+            "round the weights before: leave out --dtype"
+        )
 
 
 def _dtype(name: str | None) -> Any:

@@ -17,14 +17,14 @@ import lrcompile
 from lrcompile.cli import main
 from lrcompile.errors import EvalError, ExportError
 
-from .helpers import VOCABULARY, after, learnt, run, tiny
+from .helpers import IDS, VOCABULARY, after, learnt, run, tiny
 
 pytest.importorskip("transformers", reason="the models are transformers'")
 if importlib.util.find_spec("executorch") is None:
     pytest.skip("executorch is not installed: pip install 'lrcompile[executorch]'", allow_module_level=True)
 
 from lrcompile.export.command import fits  # noqa: E402
-from lrcompile.export.lower import Exported, export_executorch  # noqa: E402
+from lrcompile.export.lower import Exported, as_exported, export_executorch  # noqa: E402
 from lrcompile.export.runtime import Program  # noqa: E402
 
 LENGTH = 96
@@ -56,15 +56,17 @@ def test_the_runtime_computes_what_the_eager_quantised_model_does(made: dict[str
     prompt = [7, after(7), after(after(7))]
     said = list(program.generate(prompt, 64))
     assert len(said) == 64 and len(set(said)) > 60
-    tokens, position = prompt, 0
+    tokens, position, off = prompt, 0, list[float]()
     with torch.no_grad():
         for token in said:
             eager = file.eager(torch.tensor([tokens]), torch.tensor([position]))[0]
             found = program.logits(tokens, position)
-            # Sums in another order now and then round an activation the other way: a step of its 255.
-            assert (found - eager).abs().max() <= 0.02 * eager.abs().max()
+            off.append(float((found - eager).abs().max() / eager.abs().max()))
             assert int(eager.argmax()) == token
             position, tokens = position + len(tokens), [token]
+    # Sums in another order now and then round an activation the other way, a step of its 255: at one token of the 64, 0.0042
+    # were seen, at all the others 4e-7.
+    assert sorted(off)[-4] <= 1e-6 and max(off) <= 0.01
 
 
 @pytest.mark.parametrize("form", ["8da4w", "int8"])
@@ -128,7 +130,7 @@ def test_what_is_refused_before_the_work(tmp_path: Path, made: dict[str, Exporte
     with pytest.raises(ExportError, match="no format 'int3'; there are 8da4w, int8, none"):
         export_executorch(tiny(), path, form="int3", max_length=16)
     with pytest.raises(ExportError, match=r"groups of 32 inputs, .*down_proj.* \(100 inputs\).*--quantise int8"):
-        export_executorch(tiny(adopted=False, intermediate_size=100), path, max_length=16)
+        export_executorch(tiny(adopted=False, intermediate_size=100), path, max_length=16, max_bytes=1000)
     with pytest.raises(ExportError, match="positions for 2 to 128"):
         export_executorch(tiny(), path, max_length=129)
     with pytest.raises(ExportError, match="ends in .pte"):
@@ -138,6 +140,52 @@ def test_what_is_refused_before_the_work(tmp_path: Path, made: dict[str, Exporte
     path.write_bytes(made["int8"].path.read_bytes()[:1000])
     with pytest.raises(ExportError, match="a.pte"):
         Program(path)
+    path.write_bytes(b"PK\3\4" + bytes(range(96)))
+    with pytest.raises(ExportError, match="a.pte is no ExecuTorch program"):
+        Program(path)
+    with pytest.raises(ExportError, match="ends in .pte"):
+        run("export", tmp_path / "no such model", "--to", "executorch", tmp_path / "a.bin")
+
+
+def test_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertConfig(**sizes, vocab_size=64)
+    for model in (BertForMaskedLM(bert), BertLMHeadModel(bert), nn.Linear(4, 4)):
+        with pytest.raises(ExportError, match=f"{type(model).__name__} is no causal language model of transformers"):
+            export_executorch(model, tmp_path / "a.pte", form="int8", max_length=16)
+    with pytest.raises(ExportError, match="T5ForConditionalGeneration"):
+        as_exported(T5ForConditionalGeneration(T5Config(d_model=32, num_layers=1, vocab_size=64)), "int8", 16)
+    shared = tiny(adopted=False, layers=2)
+    shared.model.layers[1] = shared.model.layers[0]
+    with pytest.raises(ExportError, match="one module have one cache: give each a copy"):
+        as_exported(shared, "none", 16)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adopted_head(tied: bool) -> None:
+    model = tiny(adopted=False, tied=tied)
+    lrcompile.adopt(model, lrcompile.Recipe(rank=16, include=["lm_head"]), IDS)
+    with torch.no_grad():
+        want = model(**IDS).logits[:, -1]
+    # 3.9e-7, 0.014 and 0.22 seen: random weights, of which little is left in 4 bits.
+    for form, off in (("none", 1e-6), ("int8", 0.03), ("8da4w", 0.45)):
+        found = as_exported(copy.deepcopy(model), form, 16)(IDS["input_ids"], torch.tensor([0]))
+        assert (found - want).abs().max() <= off * want.abs().max()
+
+
+def test_a_bf16_model_is_computed_in_fp32_as_its_numbers_are() -> None:
+    ids = IDS["input_ids"]
+    for recipe in (None, lrcompile.Recipe(rank=16)):
+        model = tiny(adopted=False)
+        for p in model.parameters():
+            p.data = p.data.bfloat16()
+        if recipe is not None:
+            lrcompile.adopt(model, recipe, IDS)
+        found = as_exported(copy.deepcopy(model), "int8", 16)(ids, torch.tensor([0]))
+        want = as_exported(model.float(), "int8", 16)(ids, torch.tensor([0]))
+        torch.testing.assert_close(found, want, rtol=0, atol=0)
 
 
 def test_windows_are_refused_where_they_would_matter(tmp_path: Path) -> None:
@@ -174,8 +222,8 @@ def test_export_a_saved_model(home: Path, model: Any, tmp_path: Path, capsys: py
     want = model.generate(torch.tensor([[7, 38]]), max_new_tokens=40, do_sample=False, eos_token_id=None)[0, 2:]
     assert list(program.generate([7, 38], 40)) == want.tolist()
     torch.testing.assert_close(
-        program.logits([7, 38], 0), model(torch.tensor([[7, 38]])).logits[0, -1], rtol=1e-4, atol=1e-4
-    )
+        program.logits([7, 38], 0), model(torch.tensor([[7, 38]])).logits[0, -1], rtol=0, atol=1e-5
+    )  # 3.8e-6 seen, of 16
     assert not [path for path in tmp_path.iterdir() if path != file]
 
 
@@ -233,8 +281,11 @@ def test_a_file_is_evaluated_as_its_eager_model_is(
     assert run("eval", made[form].path, *tasks, "--json", tmp_path / "file.json") == 0
     eager = ["eval", home / "adopted", "--base", home / "dense", "--quantise", form]
     assert run(*eager, *tasks, "--json", tmp_path / "eager.json") == 0
-    scores = [json.loads((tmp_path / f"{name}.json").read_text())["tasks"]["boolq"] for name in ("file", "eager")]
+    told = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("file", "eager")]
+    scores = [figures["tasks"]["boolq"] for figures in told]
     assert scores[0]["rows"] > 1 and scores[0]["accuracy"] == scores[1]["accuracy"]
+    ran = [[figures[name] for name in ("runtime", "quantise", "device", "dtype")] for figures in told]
+    assert ran == [["executorch", form, "cpu", "float32"], ["torch", form, "cpu", "float32"]]
     with pytest.raises(EvalError, match="--tokenizer"):
         run("eval", made[form].path, *tasks[:4])
     with pytest.raises(EvalError, match="--quantise doesn't go with"):

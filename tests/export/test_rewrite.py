@@ -25,7 +25,11 @@ class Calls(nn.Module):
 
 
 def turned(x: torch.Tensor) -> torch.Tensor:
-    return torch.cat((-x[..., 8:], x[..., :8]), dim=-1)
+    return turned_by(x, 8)
+
+
+def turned_by(x: torch.Tensor, half: int) -> torch.Tensor:
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
 
 
 def ops(program: torch.export.ExportedProgram) -> set[object]:
@@ -68,12 +72,59 @@ def test_the_same_in_other_operators(function: Callable[..., torch.Tensor], gone
     ]
     assert not symbolic
     for x, want in zip(inputs, before, strict=True):
-        torch.testing.assert_close(program.module()(x), want)
+        torch.testing.assert_close(program.module()(x), want, rtol=2e-7, atol=1e-6)  # 4.8e-7 seen
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.0, 1e-5, 0.5], ids=lambda e: f"epsilon {e}")
+@pytest.mark.parametrize(("weight", "bias"), [(True, True), (True, False), (False, True), (False, False)])
+def test_layer_norm_in_float64(weight: bool, bias: bool, epsilon: float | None) -> None:
+    """epsilon None: not in the call, nor in the program, as where cuDNN is enabled and stands after it."""
+    more = {} if epsilon is None else {"eps": epsilon}
+
+    def norm(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.layer_norm(x, (16,), w if weight else None, b if bias else None, **more)
+
+    check_norm(norm, {aten.layer_norm.default})
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.0, 1e-5, 0.5], ids=lambda e: f"epsilon {e}")
+@pytest.mark.parametrize("spelling", ["rms_norm", "rms_norm alone", "pow", "square", "product"])
+def test_rms_norm_in_float64(spelling: str, epsilon: float | None) -> None:
+    tiny = torch.finfo(torch.float32).eps  # what None is in fp32
+
+    def norm(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if spelling.startswith("rms_norm"):
+            return F.rms_norm(x, (16,), None if spelling.endswith("alone") else w, epsilon)
+        squares = {"pow": x.pow(2), "square": torch.square(x), "product": x * x}[spelling]
+        return x / torch.sqrt(squares.mean(dim=-1, keepdim=True) + (tiny if epsilon is None else epsilon)) * w
+
+    check_norm(norm, {aten.rms_norm.default, aten.mean.dim})
+
+
+def check_norm(norm: Callable[..., torch.Tensor], gone: set[object]) -> None:
+    torch.manual_seed(0)
+    program = traced(norm)
+    assert gone & ops(program)
+    rewrite(program)
+    assert not gone & ops(program)
+    module, x = program.module(), torch.randn(1, 40, 16) * 0.3 + 1
+    want = norm(x.double(), module.weight.double(), module.bias.double())
+    torch.testing.assert_close(module(x).double(), want, rtol=0, atol=2e-6)  # 9e-7 seen
 
 
 @pytest.mark.parametrize(
     "function",
     [
+        lambda x, w, b: F.layer_norm(x.view(1, x.shape[1], 4, 4), (4, 4), w.view(4, 4), b.view(4, 4), 0.5),
+        lambda x, w, b: F.layer_norm(x.transpose(1, 2), (x.shape[1],)),  # over the length
+        lambda x, w, b: F.rms_norm(x.view(1, x.shape[1], 4, 4), (4, 4), w.view(4, 4), 0.5),
+        lambda x, w, b: torch.mean(x, dim=None, keepdim=True) * w,
+        lambda x, w, b: x.mean(-1, keepdim=True, dtype=torch.float64),
+        lambda x, w, b: (8 * x).long().pow(3.0) * w,
+        lambda x, w, b: x.view(1, x.shape[1], 4, 4).transpose(2, 3).reshape(1, x.shape[1], 16),  # a copy
+        lambda x, w, b: torch.cat((-x[..., 7:15], x[..., :7]), dim=-1),
+        lambda x, w, b: turned_by(x[..., :15] * 1, 7),  # its halves differ
+        lambda x, w, b: torch.cat((-x[:, : x.shape[1]], x[:, : x.shape[1]]), dim=-1),  # rows, of no known number
         lambda x, w, b: x.mean(1, keepdim=True) * w,  # over the length
         lambda x, w, b: x.mean(-1),
         lambda x, w, b: torch.cat((-x[..., :8], x[..., 8:]), dim=-1),  # not turned

@@ -108,6 +108,7 @@ def test_rows_of_a_task_and_the_dtype(home: Path, data: Path, tmp_path: Path) ->
     assert run(home / "dense", "--tasks", "fpb:2,tfns", "--limit", 3, *given) == 0
     told = json.loads(file.read_text(encoding="utf-8"))
     assert [told["tasks"][name]["rows"] for name in ("fpb", "tfns")] == [2, 3] and told["dtype"] == "bfloat16"
+    assert (told["runtime"], told["quantise"], told["device"]) == ("torch", None, "cpu")
     model, _ = load_model(str(home / "dense"), dtype=torch.bfloat16)
     exact, _ = load_model(str(home / "dense"))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -141,6 +142,8 @@ def test_errors_tell_what_to_do(home: Path, data: Path, tmp_path: Path, monkeypa
         ((dense, *rest, "--json", tmp_path / "no" / "x.json"), "there is no folder"),
         ((dense, *rest, "--json", tmp_path), "can't write .*: Is a directory"),
         ((dense, *rest, "--device", "tpu9"), "--device tpu9: "),
+        ((dense, *rest, "--quantise", "int8", "--dtype", "bfloat16"), "round the weights before: leave out --dtype"),
+        ((dense, *rest, "--quantise", "int8", "--device", "meta"), "evaluates on the CPU.*and not on meta"),
         ((home / "adopted", *rest), "say with --base"),
         ((dense, *rest, "--base", dense), "--base goes with a directory that lrcompile.save wrote"),
         ((dense / "config.json", *rest), "has no weights"),
