@@ -40,6 +40,9 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
     with pytest.raises(TrainError, match="--separator is for plain text"):
         call(file, "--out", tmp_path / "o", "--tokenizer", "bytes", "--kind", "prompts", "--separator", "x")
+    for kind in ("text", "prompts"):
+        with pytest.raises(TrainError, match="--kind is of SOURCE, and --tasks decide it themselves"):
+            call("--tasks", "fpb", "--data", tmp_path, "--out", tmp_path / "o", "--tokenizer", "bytes", "--kind", kind)
     with pytest.raises(TrainError, match="no role 'prompt'"):
         call(file, "--out", tmp_path / "o", "--tokenizer", "bytes", "--prompt", "x")
 
