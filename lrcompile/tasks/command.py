@@ -84,6 +84,8 @@ def _run(args: argparse.Namespace) -> int:
     # What can be wrong is told before a model is loaded and an hour is spent.
     if args.json and not args.json.parent.is_dir():
         raise EvalError(f"can't write {args.json}: there is no folder {args.json.parent}")
+    if args.json and args.json.is_dir():
+        raise EvalError(f"can't write {args.json}: it is a folder; name a file in it")
     tasks = read_tasks([name.strip() for name in args.tasks.split(",") if name.strip()], args.data)
     device, dtype = _device("cpu" if args.quantise and not args.device else args.device), _dtype(args.dtype)
     if args.quantise and device.type != "cpu":
