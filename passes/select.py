@@ -80,7 +80,7 @@ def _why_dense(weight: Weight, ctx: PassContext) -> str:
         return "also read by view, which needs the layout it is stored in"
     if weight.readers and set(weight.kinds) == {"mv"}:  # spectral_norm: w / sigma, where sigma is found by iteration
         return f"multiplied with vectors only, and read by {', '.join(weight.readers)}"
-    named = any(weight.matches(g, itself=True) and not set("*?[") & set(g.rpartition(".")[2]) for g in recipe.include)
+    named = any(weight.matches(g, around=False) and not set("*?[") & set(g.rpartition(".")[2]) for g in recipe.include)
     if "embedding" in weight.kinds and not named:
         return "an embedding" if set(weight.kinds) == {"embedding"} else "tied to an embedding"
     if weight.head and not named:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -10,8 +12,8 @@ import lrcompile
 from lrcompile import PlanError, Recipe
 from lrcompile.graph.capture import capture
 from lrcompile.graph.pipeline import run_passes
-from lrcompile.passes import Weight, factorize
-from lrcompile.passes.allocate_ranks import round_to_tile
+from lrcompile.passes import PassContext, Weight, factorize
+from lrcompile.passes.allocate_ranks import _allocate, round_to_tile, tile
 from lrcompile.weights.planner import context_for
 
 from .helpers import BLOCKS, DECIDE, LanguageModel, Stack, ids, run
@@ -63,13 +65,86 @@ def test_shares_move_ranks_between_weights_inside_the_same_total():
     assert {w.rank for w in planned(Recipe(compression=3, shares={"*": 7})).values()} == {w.rank for w in even.values()}
 
 
-def test_a_share_of_nothing_is_told():
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        (
+            {"*.attn": 0.5},
+            r"shares\['\*.attn'\] matches no module.*; the model has blocks.0.norm, blocks.0.up, blocks.0.down",
+        ),
+        ({"norm": 0.5}, r"shares\['norm'\] matches no module.*write '\*.norm' to match it at any depth"),
+        ({"*.norm": 0.5}, r"shares\['\*.norm'\] matches biases and norms only"),
+        ({"*.UP": 0.5}, r"shares\['\*.UP'\] matches no module"),
+        ({"*": 0.5, "*.up": 2}, r"shares\['\*.up'\]: no selected weight matches it that a glob before it hasn't"),
+    ],
+)
+def test_a_share_of_nothing_is_refused(shares, message):
+    with pytest.raises(PlanError, match=message):
+        planned(Recipe(compression=2, shares=shares), depth=1)
+    with pytest.raises(
+        PlanError, match=r"shares\['\*.down'\]: no selected weight matches it; the model has blocks.0.up to"
+    ):
+        planned(Recipe(compression=2, shares={"*.down": 0.5}, exclude=["*.down"]), depth=1)
+
+
+def test_the_presets_share_may_be_of_nothing():
     with torch.device("meta"):
         model = Stack(1, 64)
-    _, _, stages = run(
-        model, (torch.randn(3, 64),), DECIDE, Recipe(compression=2, shares={"*.attn": 0.5}), verify=False
-    )
-    assert any("shares['*.attn']: no selected weight matches it" in note for s in stages for note in s.result.notes)
+    _, ctx, stages = run(model, (torch.randn(3, 64),), DECIDE, Recipe.pretrain(compression=2), verify=False)
+    notes = [note for s in stages for note in s.result.notes]
+    assert "shares['*[Aa]tt[ne]*']: no selected weight matches it" in notes
+    assert {k: w.rank for k, w in ctx.weights.items()} == {
+        k: w.rank for k, w in planned(Recipe(compression=2), 64, 1).items()
+    }
+
+
+def by_hand(shapes: list[tuple[int, int]], recipe: Recipe) -> dict[str, Weight]:
+    """Weights l0, l1, … of these shapes, with their ranks."""
+    weights = {f"l{i}.w": Weight((f"l{i}.w",), s, torch.float32, selected=True) for i, s in enumerate(shapes)}
+    _allocate(list(weights.values()), PassContext(recipe, weights, other_bytes=0))
+    return weights
+
+
+@pytest.mark.parametrize("size", [2, 9, 100, 5_000, 200_000])
+@pytest.mark.parametrize("compression", [1.0, 1.5, 2.64, 20])
+@pytest.mark.parametrize("require_saving", [True, False])
+@pytest.mark.parametrize("ends", [(1, 1), (0.01, 100), (1e-200, 1e200), (1e-300, 1.7e308)])
+def test_the_search_ends_at_the_dial_whatever_sizes_and_shares(size, compression, require_saving, ends):
+    """What is left fits the dial, and not one more tile of the weights that share what is left does."""
+    shapes = [(size, size), (size + 1, 2 * size), (3 * size, size), (size, size)]
+    shares = {"l0": ends[0], "l1": ends[1]}
+    recipe = Recipe(compression=compression, shares=shares, require_saving=require_saving)
+    dense = sum(out * in_ for out, in_ in shapes)
+    least = sum(sum(s) if sum(s) < s[0] * s[1] or not require_saving else s[0] * s[1] for s in shapes)
+    if least > dense / compression:
+        most = math.floor(100 * dense / least) / 100
+        with pytest.raises(PlanError, match=f"can't be reached: the most is {most}, with rank 1 everywhere"):
+            by_hand(shapes, recipe)
+        return
+    weights = by_hand(shapes, recipe)
+    assert kept(weights) <= dense / compression
+    together = ["l1", "l2", "l3", "l0"], ["l1"], ["l2", "l3"], ["l0"]
+    # Far apart, one is filled before the next begins.
+    for names in together[1:] if ends[1] > 1e9 else together[:1]:
+        growing = [w for n in names if (w := weights[f"{n}.w"]).rank is not None and w.rank < min(w.shape)]
+        step = sum(w.pair_numel(tile(w.rank)) for w in growing)
+        assert not growing or kept(weights) + step > dense / compression
+        if growing:
+            break
+
+
+def test_a_total_that_no_weight_can_give_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    told = {
+        "compression": r"2\.64 can't be reached with no weight to replace: 0\.weight, a pair of rank 1 would hold 4"
+    }
+    told |= {"budget_bytes": r"30 can't be met: no weight is replaced, and the model has \d+ bytes"}
+    for dial, message in told.items():
+        with pytest.raises(PlanError, match=f"{dial}={message}"):
+            lrcompile.plan(
+                model, (torch.randn(3, 2),), Recipe(**{dial: 30 if dial == "budget_bytes" else 2.64, "include": ["0"]})
+            )
+    assert lrcompile.plan(model, (torch.randn(3, 2),), Recipe(compression=1, include=["0"])).compression == 1
 
 
 def test_rank_and_rank_ratio():

@@ -116,8 +116,9 @@ def score(task: str, group: str, accuracy: float) -> dict[str, Any]:
 
 
 def write_result(folder: Path, regime: str, accuracy: float, held: dict[str, int] | None = None) -> None:
-    tasks = {"fpb": score("fpb", "financial", accuracy), "piqa": score("piqa", "general", 0.5)}
-    means = {"financial": tasks["fpb"] | {"commonest": 0.4}, "general": tasks["piqa"] | {"commonest": 0.3}}
+    financial, general = score("fpb", "financial", accuracy), score("piqa", "general", 0.5)
+    tasks = {"fpb": financial | {"commonest": 0.4}, "piqa": general | {"commonest": 0.3}}
+    means = {"financial": tasks["fpb"], "general": tasks["piqa"]}
     (folder / f"{regime}.json").write_text(json.dumps({"tasks": tasks, "means": means}))
     if held is not None:
         (folder / regime).mkdir()
@@ -136,7 +137,7 @@ def test_a_table_by_hand(regimes: ModuleType, tmp_path: Path) -> None:
     write_result(tmp_path, "ours", 0.75, {"weights": 100_000_000, "gradients": 20_000_000, "optimizer": 50_000_000})
     text = as_text(regimes.table(regimes.results(tmp_path)), 100)
     lines = {line.split("  ")[0].strip(): line.split() for line in text.splitlines() if line.strip()}
-    assert lines["fpb (100)"][2:] == ["20.0", "±", "2.0", "70.0", "±", "2.0", "75.0", "±", "2.0"]
+    assert lines["fpb (100)"][2:] == ["40.0", "20.0", "±", "2.0", "70.0", "±", "2.0", "75.0", "±", "2.0"]
     assert "over untuned +50.0 +55.0".split() in [line.split() for line in text.splitlines()]
     assert "over untuned +0.0 +0.0".split() in [line.split() for line in text.splitlines()], "of the general tasks"
     assert lines["weights + optimizer"][3:] == ["1,500", "150"] and lines["all three"][2:] == ["2,000", "170"]
@@ -147,7 +148,44 @@ def test_a_table_by_hand(regimes: ModuleType, tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert lines["seconds of training"][3:] == ["4", "4"] and lines["held-out loss"][2:] == ["0.500", "0.500"]
     assert lines["numbers trained"][2:] == ["4.0M", "4.0M"]
-    assert "always the commonest label: 40.0 on" in text
+    assert (
+        lines["fpb (100)"][2] == lines["mean of the financial"][4] == "40.0"
+        and lines["mean of the general"][4] == "30.0"
+    )
+    assert "commonest: the accuracy of always giving" in text
+
+
+def test_files_without_the_commonest_label_are_shown_without_it(regimes: ModuleType, tmp_path: Path) -> None:
+    write_result(tmp_path, "untuned", 0.2)
+    path = tmp_path / "untuned.json"
+    told = json.loads(path.read_text())
+    for score in (*told["tasks"].values(), *told["means"].values()):
+        score.pop("commonest", None)
+    path.write_text(json.dumps(told))
+    text = as_text(regimes.table(regimes.results(tmp_path)), 100)
+    assert "commonest" not in text and "20.0 ± 2.0" in text
+
+
+def test_options_that_no_run_would_get_are_refused(
+    regimes: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are finetune's, and neither the untuned model nor a table is finetuned."""
+    for words, where in (
+        (["--data", "d", "--only", "untuned"], "--only untuned"),
+        (["--show", str(tmp_path)], "--show"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            regimes.main([*words, "--out", str(tmp_path / "out"), "--stpes", "3"])
+        told = capsys.readouterr()
+        assert ended.value.code == 2 and not told.out and not (tmp_path / "out").exists()
+        assert (
+            f"unrecognized arguments: --stpes 3 (they are given to lrcompile finetune, which {where} doesn't"
+            in told.err
+        )
+
+
+def test_no_error_is_told_where_there_is_none(regimes: ModuleType) -> None:
+    assert regimes._accuracy({"accuracy": 0.5, "accuracy_stderr": None}) == "50.0" and regimes._accuracy(None) == "–"
 
 
 def test_what_can_not_be_shown_is_told(regimes: ModuleType, tmp_path: Path) -> None:

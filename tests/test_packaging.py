@@ -121,3 +121,23 @@ def test_every_import_is_a_declared_dependency(root: Path) -> None:
         if file.parts[-2:] == ("export", "score.py"):  # imported when a file for a phone is evaluated
             lazy = {"lm_eval"}
         assert {name.split(".")[0] for name in names} <= allowed | lazy, file
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_a_missing_compiler_is_named_before_anything_is_installed(root: Path, tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(root / name, tmp_path)
+
+    def make(compiler: str) -> str:
+        env = {**os.environ, "CXX": compiler}
+        # The set-up's first command says what Python it was given: where it gets so far, nothing was missing.
+        done = subprocess.run(
+            ["make", "test", "PYTHON=@echo set up:"], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+        assert done.returncode != 0 and not (tmp_path / ".venv").exists()
+        return done.stdout + done.stderr
+
+    told = make("absent-c++")
+    assert told.splitlines()[0].startswith("no C++ compiler: absent-c++ is not there") and "set up:" not in told
+    assert "set up: -m venv" in make("sh") and "no C++ compiler" not in make("sh")
+    assert "set up: -m venv" in make("env sh")  # one with a launcher in front

@@ -6,6 +6,8 @@
 README.md beside this file tells what comes before: the model and the data. What is there is not run again, and a run that was
 killed goes on. Options that aren't known here are given to `lrcompile finetune`.
 
+"commonest" is the accuracy of always giving the label that is right most often among the rows that were scored.
+
 Of a regime the table reads OUT/REGIME.json (of `lrcompile eval`) and OUT/REGIME/metrics.jsonl.
 """
 
@@ -26,6 +28,7 @@ from rich.text import Text
 
 from lrcompile.errors import TrainError
 from lrcompile.show import PLAIN, show
+from lrcompile.tasks.command import with_error
 from lrcompile.train.history import History, read
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "financial"
@@ -97,20 +100,26 @@ def table(found: dict[str, Result]) -> Group:
     """Accuracies in per cent with standard errors, then what training held and took."""
     made = Table(title="Accuracy in % on test rows, before and after", **PLAIN)
     made.add_column("", no_wrap=True)
+    first = next(iter(found.values())).scores
+    floors = any(score.get("commonest") is not None for score in first["tasks"].values())  # older files have none
+    if floors:
+        made.add_column("commonest", justify="right", no_wrap=True)
     for regime in found:
         made.add_column(REGIMES[regime], justify="right", no_wrap=True)
 
     every = list(found.values())
 
-    def row(label: str, cells: Iterable[str], style: str = "") -> None:
-        made.add_row(Text(label, style=style), *cells)
+    def row(label: str, cells: Iterable[str], style: str = "", floor: float | None = None) -> None:
+        floor_cell = ["" if floor is None else with_error(floor)] if floors else []
+        made.add_row(Text(label, style=style), *floor_cell, *cells)
 
-    first = every[0].scores
     for group in ("financial", "general"):
         for name, score in first["tasks"].items():
             if score["group"] == group:
-                row(f"{name} ({score['rows']})", (_accuracy(r.scores["tasks"].get(name)) for r in every))
-        row(f"mean of the {group}", (_accuracy(r.scores["means"].get(group)) for r in every), "bold")
+                cells = (_accuracy(r.scores["tasks"].get(name)) for r in every)
+                row(f"{name} ({score['rows']})", cells, floor=score.get("commonest"))
+        cells = (_accuracy(r.scores["means"].get(group)) for r in every)
+        row(f"mean of the {group}", cells, "bold", first["means"].get(group, {}).get("commonest"))
         if UNTUNED in found:
             row("  over untuned", (_over(r, found[UNTUNED], group) for r in every))
         made.add_section()
@@ -126,15 +135,14 @@ def table(found: dict[str, Result]) -> Group:
     row("tokens trained on", (f"{run.tokens[-1]:,.0f}" if run else "" for run in runs))
     row("seconds of training", (f"{run.seconds[-1]:.0f}" if run else "" for run in runs))
     row("held-out loss", (f"{run.held_out[-1, 1]:.3f}" if run and len(run.held_out) else "" for run in runs))
-    commonest = first["means"].get("financial", {}).get("commonest")
     notes = ["bytes: of a step, counted on the tensors"]
-    if commonest is not None:
-        notes.insert(0, f"always the commonest label: {100 * commonest:.1f} on the mean of the financial tasks")
+    if floors:
+        notes.insert(0, "commonest: the accuracy of always giving the label that is right most often")
     return Group(made, *(Text(note, style="dim") for note in notes))
 
 
 def _accuracy(score: dict[str, Any] | None) -> str:
-    return f"{100 * score['accuracy']:.1f} ± {100 * (score['accuracy_stderr'] or 0):.1f}" if score else "–"
+    return with_error(score["accuracy"], score["accuracy_stderr"]) if score else with_error(None)
 
 
 def _over(result: Result, untuned: Result, group: str) -> str:
@@ -161,6 +169,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/financial"))
     parser.add_argument("--show", type=Path, metavar="DIR", help="print the table of a folder, and stop")
     args, more = parser.parse_known_args(argv)
+    # They are for `lrcompile finetune`, which refuses those that it doesn't know: here nobody would see them.
+    if more and (args.show is not None or set(args.only) <= {UNTUNED}):
+        where = "--show" if args.show is not None else f"--only {UNTUNED}"
+        parser.error(
+            f"unrecognized arguments: {' '.join(more)} (they are given to lrcompile finetune, which {where} doesn't run)"
+        )
     if args.show is None:
         if args.data is None:
             raise SystemExit("give --data DIR, the folder of the tasks' files, or --show DIR for a table")

@@ -84,6 +84,8 @@ def _run(args: argparse.Namespace) -> int:
     # What can be wrong is told before a model is loaded and an hour is spent.
     if args.json and not args.json.parent.is_dir():
         raise EvalError(f"can't write {args.json}: there is no folder {args.json.parent}")
+    if args.json and args.json.is_dir():
+        raise EvalError(f"can't write {args.json}: it is a folder; name a file in it")
     tasks = read_tasks([name.strip() for name in args.tasks.split(",") if name.strip()], args.data)
     file = args.model.endswith(".pte")
     device = _device("cpu" if (args.quantise or file) and not args.device else args.device)
@@ -202,22 +204,22 @@ def score_table(scores: Sequence[Score]) -> RenderableType:
         table.add_column(name, justify="right", no_wrap=True)
     written = [score for score in scores if score.macro_f1 is None]
     for score in scores:
-        f1 = _with_error(score.macro_f1, score.macro_f1_stderr)
+        f1 = with_error(score.macro_f1, score.macro_f1_stderr)
         if score.macro_f1 is None:
-            f1 = _with_error(score.more["token_f1"], score.more["token_f1_stderr"]) + " *"
+            f1 = with_error(score.more["token_f1"], score.more["token_f1_stderr"]) + " *"
         table.add_row(
             score.task,
             str(score.rows),
-            _with_error(score.accuracy, score.accuracy_stderr),
+            with_error(score.accuracy, score.accuracy_stderr),
             f1,
-            _with_error(score.commonest),
+            with_error(score.commonest),
         )
     for group in ("financial", "general"):
         if mean := mean_of(scores, group):
             label = Text(f"mean of the {group} ({len(mean['tasks'])})", style="bold")
-            accuracy = _with_error(mean["accuracy"], mean["accuracy_stderr"])
-            f1 = _with_error(mean["macro_f1"], mean["macro_f1_stderr"])
-            table.add_row(label, "", accuracy, f1, _with_error(mean["commonest"]))
+            accuracy = with_error(mean["accuracy"], mean["accuracy_stderr"])
+            f1 = with_error(mean["macro_f1"], mean["macro_f1_stderr"])
+            table.add_row(label, "", accuracy, f1, with_error(mean["commonest"]))
     notes = ["commonest: the accuracy of always giving the class that is right most often"]
     if written:
         names = ", ".join(score.task for score in written)
@@ -227,7 +229,8 @@ def score_table(scores: Sequence[Score]) -> RenderableType:
     return Group(table, *(Text(note, style="dim") for note in notes))
 
 
-def _with_error(value: float | None, error: float | None = None) -> str:
+def with_error(value: float | None, error: float | None = None) -> str:
+    """A share in per cent, and its standard error where there is one; "–" for none."""
     if value is None:
         return "–"
     return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")

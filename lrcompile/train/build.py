@@ -64,19 +64,14 @@ def build(
     """
     torch.manual_seed(seed)
     dense, _ = load_source(source)
-    check_decoder(dense)
-    check_length(dense, length)
+    drawn = any(p.is_meta for p in dense.parameters())
+    check(dense, source, recipe, length=length, drawn=drawn)
     _settle(dense, dtype, attention)
     names = blocks(dense)
-    drawn = any(p.is_meta for p in dense.parameters())
     if drawn and not Path(source).is_file():
         raise TrainError(
             f"{source} gives a model on the meta device, and nothing tells its values: return it with values, on the CPU (only a "
             "transformers config.json is drawn from the seed)"
-        )
-    if drawn and recipe is not None and recipe.start in CALIBRATED:
-        raise TrainError(
-            f"init={recipe.start!r} keeps what a trained model makes of data, and {source} has no weights: choose another start"
         )
     the_plan = None if recipe is None else plan(dense, example(dense, length), recipe)
     if drawn:
@@ -87,6 +82,16 @@ def build(
     if the_plan is not None:
         adopt(model, the_plan)
     return Built(model, the_plan, values, names)
+
+
+def check(model: nn.Module, source: str, recipe: Recipe | None, *, length: int, drawn: bool) -> None:
+    """Raise TrainError for a dense model that can't be trained as asked; `drawn` is one of a source without weights."""
+    check_decoder(model)
+    check_length(model, length)
+    if drawn and recipe is not None and recipe.start in CALIBRATED:
+        raise TrainError(
+            f"init={recipe.start!r} keeps what a trained model makes of data, and {source} has no weights: choose another start"
+        )
 
 
 def _settle(model: Any, dtype: torch.dtype, attention: str | None) -> None:

@@ -291,7 +291,13 @@ def load_resolved(path: str | os.PathLike[str]) -> Run:
     Raises:
         TrainError: the file is missing, truncated or of another version.
     """
-    return read_file(path, Run())
+    given = parse(Path(path))
+    run = changed(Run(), given, str(path))
+    table, recipe = given.get("recipe"), run.recipe.make()
+    if isinstance(table, dict) and "shares" not in table and recipe is not None and recipe.shares:
+        # Written before there were shares, when all weights had the same: the preset's of today are no part of that run.
+        run = replace(run, recipe=replace(run.recipe, shares={}))
+    return run
 
 
 # What may change between a run and its continuation: where things are, how long it goes on, what is told and kept, and
@@ -336,10 +342,13 @@ def fingerprint(run: Run) -> dict[str, Any]:
 def differences(old: Run, new: Run) -> list[str]:
     """What keeps `new` from continuing `old` exactly, in words: ["data.length was 256, is 512"]; empty where nothing does."""
     was, now = fingerprint(old), fingerprint(new)
-    return [f"{name} was {_told(was[name])}, is {_told(now[name])}" for name in was if was[name] != now[name]]
+    changed = [name for name in was if was[name] != now[name]]
+    return [f"{name} was {_told(was[name], name)}, is {_told(now[name], name)}" for name in changed]
 
 
-def _told(value: Any) -> str:
+def _told(value: Any, name: str) -> str:
+    if value == {}:
+        return f"empty (as --{name} and nothing after it)"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "[" + ", ".join(map(str, value)) + "]"
     return "not set" if value is None else str(value)

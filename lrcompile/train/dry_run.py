@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,13 @@ from lrcompile.graph.names import parameter_names
 from lrcompile.kernels import launch
 from lrcompile.show import plan_table
 from lrcompile.sources import example_inputs, load_source, token_count
-from lrcompile.train.language import check_decoder, check_length, layers
+from lrcompile.train.build import check
+from lrcompile.train.language import blocks, layers
 from lrcompile.train.measure import Measured, measure
+from lrcompile.train.optimizers import optimizers
+from lrcompile.train.parallel import apart, check_dtypes
 from lrcompile.train.settings import Run
+from lrcompile.train.start import check_out, check_vocabulary, read_data
 from lrcompile.weights.adopt import adopt
 from lrcompile.weights.layers import AdoptedModule
 from lrcompile.weights.plan import Plan
@@ -155,16 +159,18 @@ class Report:
         return f"{self.ranks} × {self.device.name} at {reach}; a roofline, not a measurement"
 
 
-def dry_run(run: Run, world_size: int = 1, *, target: str | None = None) -> Report:
-    """What a run would be and take.
+def dry_run(run: Run, world_size: int = 1, *, target: str | None = None, resume: bool = False) -> Report:
+    """What a run would be and take. What the run would refuse at its start is refused by the same functions.
 
     Args:
-        run: its settings; no data is needed.
+        run: its settings; no data is needed, but where `data.train` is there it has to fit.
         world_size: ranks to tell of.
         target: a name of the cost table ("H100"); None: the GPU at hand.
+        resume: of a run that is to go on, which has to be the one in `run.out`.
 
     Raises:
-        TrainError: the batch can't be divided among the ranks, the model is shorter than the sequences or can't be read.
+        TrainError: the batch can't be divided among the ranks, the model is shorter than the sequences or can't be read, the
+            optimizer can't be had of it, the data doesn't fit, or the run isn't the one to resume.
         RecipeError, PlanError: what was asked for can't be had.
         KernelError: no such target.
     """
@@ -178,8 +184,10 @@ def dry_run(run: Run, world_size: int = 1, *, target: str | None = None) -> Repo
         else None
     )
     model, inputs = on_meta(run.model.source, getattr(torch, run.model.dtype), run.model.attention)
-    check_decoder(model)
-    check_length(model, run.data.length)
+    # A transformers config.json is all that is drawn; what else is on meta here has weights elsewhere.
+    drawn = Path(run.model.source).is_file() and Path(run.model.source).suffix == ".json"
+    check(model, run.model.source, recipe, length=run.data.length, drawn=drawn)
+    notes = _start(run, model, resume)
     dense = sum(p.numel() for p in model.parameters())
     the_plan = None if recipe is None else plan(model, inputs, recipe)
     if the_plan is not None:
@@ -188,7 +196,9 @@ def dry_run(run: Run, world_size: int = 1, *, target: str | None = None) -> Repo
     else:
         after = dense
     precision = getattr(torch, run.parallel.precision)
-    notes = []
+    if world_size > 1 or precision != getattr(torch, run.model.dtype):  # FSDP is there
+        check_dtypes(model, apart(model, blocks(model)))
+    optimizers(model, **asdict(run.optimizer))
     found = None
     try:
         found = measure(model, rows=rows, length=run.data.length, precision=precision)
@@ -220,6 +230,22 @@ def dry_run(run: Run, world_size: int = 1, *, target: str | None = None) -> Repo
         if world_size > 1:
             notes.append("communication between the ranks is not in the tokens/s, as if it were all hidden")
     return report
+
+
+def _start(run: Run, model: nn.Module, resume: bool) -> list[str]:
+    """What the run would find: an error where it couldn't go on as asked, a note where only something else has to be done first."""
+    notes = []
+    try:
+        check_out(run, resume)
+    except TrainError as error:
+        if resume:
+            raise
+        notes.append(str(error))
+    if run.data.train and Path(run.data.train).exists():
+        check_vocabulary(model, read_data(run, "sizes")[0])
+    elif run.data.train:
+        notes.append(f"data.train={run.data.train!r} isn't there yet: `lrcompile data` writes it")
+    return notes
 
 
 def on_meta(source: str, dtype: torch.dtype, attention: str) -> tuple[nn.Module, Any]:

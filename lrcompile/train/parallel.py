@@ -88,8 +88,8 @@ def parallelise(
             layer.forward = forward
     if over is None:
         return
-    layers = _apart(model, blocks)
-    _check_dtypes(model, layers)
+    layers = apart(model, blocks)
+    check_dtypes(model, layers)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
     for layer in layers:
         fully_shard(layer, mesh=over, mp_policy=policy)
@@ -98,7 +98,7 @@ def parallelise(
     model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
 
 
-def _apart(model: nn.Module, blocks: Sequence[str]) -> list[nn.Module]:
+def apart(model: nn.Module, blocks: Sequence[str]) -> list[nn.Module]:
     """The blocks, each once, whose parameters nothing else has."""
     layers = {name: model.get_submodule(name) for name in blocks}
     owners: dict[int, set[nn.Module | None]] = {}
@@ -108,7 +108,7 @@ def _apart(model: nn.Module, blocks: Sequence[str]) -> list[nn.Module]:
     return [x for x in dict.fromkeys(layers.values()) if all(len(owners[id(p)]) == 1 for p in x.parameters())]
 
 
-def _check_dtypes(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+def check_dtypes(model: nn.Module, layers: Sequence[nn.Module]) -> None:
     """Raise TrainError where FSDP would be asked to sum gradients of two dtypes at once."""
     inside = {id(p) for layer in layers for p in layer.parameters()}
     around = [p for p in model.parameters() if id(p) not in inside]

@@ -122,7 +122,8 @@ class Optimizer(Strict):
     matrix_lr: float | None = None
     """That of the dense matrices which muon moves; None: lr."""
     rates: dict[str, float] = field(default_factory=dict)
-    """Globs of parameters, and what their learning rate is multiplied by, as {"*attn*" = 0.3}; the first that matches counts."""
+    """Globs of parameters, and what their learning rate is multiplied by, as {"*attn*" = 0.3}; the first that matches counts. A
+    pair goes by its weight's name."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Of AdamW's running means."""
     eps: float = 1e-8

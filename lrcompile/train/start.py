@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,33 +64,14 @@ class Started:
     def _claim(self, resume: bool) -> None:
         """Make the run's directory its own, or see that it holds this run."""
         self.run.layout(self.world.size)
-        config, kept = self.out / CONFIG, committed(self.out / CHECKPOINTS)
-        if not resume and (config.exists() or kept):
-            raise TrainError(f"{self.out} holds a run: --resume goes on with it, another --out starts a new one")
-        if resume and config.exists():
-            changed = differences(load_resolved(config), self.run)
-            if changed:
-                raise TrainError(
-                    f"{config} is of another run: {'; '.join(changed)}. Set it back, or start a new run with another --out"
-                )
-        elif kept:
-            raise TrainError(f"{self.out} has checkpoints, and {CONFIG} is gone, which tells of what run: put it back")
+        check_out(self.run, resume)
         if self.world.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
 
     def _read(self) -> None:
-        run = self.run
         # One rank reads every token, the others look at sizes.
         verify = "checksums" if self.world.rank == 0 else "sizes"
-        shape: dict[str, int] = {"length": run.data.length, "batch": run.batch, "seed": run.seed}
-        self.shards = Shards.open(run.data.train, verify=verify)
-        self.sampler = Sampler(self.shards, **shape)  # type: ignore[arg-type]
-        self.held_out: Sampler | None = None
-        if run.data.validation is not None:
-            held_out = Shards.open(run.data.validation, verify=verify)
-            if held_out.tokenizer["fingerprint"] != self.shards.tokenizer["fingerprint"]:
-                raise TrainError(f"{run.data.validation} was prepared with another tokenizer than {run.data.train}")
-            self.held_out = Sampler(held_out, **shape)  # type: ignore[arg-type]
+        self.shards, self.sampler, self.held_out = read_data(self.run, verify)
 
     def _build(self) -> None:
         run = self.run
@@ -102,7 +84,7 @@ class Started:
             seed=run.seed,
         )
         self.model = self.built.model
-        _check_vocabulary(self.model, self.shards)
+        check_vocabulary(self.model, self.shards)
         self.twin = copy.deepcopy(self.model)
         try:
             self.flops: tuple[float | None, float | None] = flops_per_token(self.model, run.data.length)
@@ -132,21 +114,7 @@ class Started:
         else:
             allocate(self.model, world.device)
         del self.built.values  # a whole dense model, where the source has one
-        chosen = run.optimizer
-        self.optimizers = optimizers(
-            self.model,
-            chosen.name,
-            lr=chosen.lr,
-            factor_lr=chosen.factor_lr,
-            matrix_lr=chosen.matrix_lr,
-            rates=chosen.rates,
-            betas=chosen.betas,
-            eps=chosen.eps,
-            weight_decay=chosen.weight_decay,
-            product_decay=chosen.product_decay,
-            momentum=chosen.momentum,
-            nesterov=chosen.nesterov,
-        )
+        self.optimizers = optimizers(self.model, **asdict(run.optimizer))
         shape = run.schedule
         self.rate = schedule(shape.name, steps=run.steps, warmup=shape.warmup, final=shape.final, decay=shape.decay)
         self.trained = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
@@ -202,6 +170,37 @@ class Started:
         return tensors_of(self.model, self.optimizers, self.world.rank, self.world.size)
 
 
+def check_out(run: Run, resume: bool) -> None:
+    """Raise TrainError where the run's directory isn't its own to begin in, or to go on in."""
+    out = Path(run.out)
+    config, kept = out / CONFIG, committed(out / CHECKPOINTS)
+    if not resume and (config.exists() or kept):
+        raise TrainError(f"{out} holds a run: --resume goes on with it, another --out starts a new one")
+    if resume and config.exists():
+        changed = differences(load_resolved(config), run)
+        if changed:
+            raise TrainError(
+                f"{config} is of another run: {'; '.join(changed)}. Set it back, or start a new run with another --out"
+            )
+    elif kept:
+        raise TrainError(f"{out} has checkpoints, and {CONFIG} is gone, which tells of what run: put it back")
+
+
+def read_data(run: Run, verify: str) -> tuple[Shards, Sampler, Sampler | None]:
+    """Open a run's shards: what is trained on, its batches, and those held out; raises TrainError where they don't fit."""
+
+    def sampler(shards: Shards) -> Sampler:
+        return Sampler(shards, length=run.data.length, batch=run.batch, seed=run.seed)
+
+    shards = Shards.open(run.data.train, verify=verify)
+    if run.data.validation is None:
+        return shards, sampler(shards), None
+    held_out = Shards.open(run.data.validation, verify=verify)
+    if held_out.tokenizer["fingerprint"] != shards.tokenizer["fingerprint"]:
+        raise TrainError(f"{run.data.validation} was prepared with another tokenizer than {run.data.train}")
+    return shards, sampler(shards), sampler(held_out)
+
+
 @contextmanager
 def _closing(checkpoints: Checkpoints) -> Iterator[None]:
     """Close them in the end. After an error a save that fails as well is not what is told."""
@@ -221,7 +220,7 @@ def _older(checkpoint: Path) -> str:
     return f". To go on from {older[-1]} instead, move {checkpoint} away" if older else ""
 
 
-def _check_vocabulary(model: nn.Module, shards: Shards) -> None:
+def check_vocabulary(model: nn.Module, shards: Shards) -> None:
     """Raise TrainError where the data has tokens that the model has no embedding for."""
     find = getattr(model, "get_input_embeddings", None)
     tables: list[Any] = [find()] if find else [m for m in model.modules() if isinstance(m, nn.Embedding)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from lrcompile.errors import AdoptError, PlanError
 from lrcompile.graph.capture import Capture, Inputs, capture
-from lrcompile.graph.names import plain_name
+from lrcompile.graph.names import among, dense_names, matches, plain_name
 from lrcompile.graph.pipeline import bind_weights, run_passes
 from lrcompile.passes import PassContext, Weight, pass_list
 from lrcompile.recipe import Recipe, as_recipe
@@ -19,7 +19,6 @@ from lrcompile.weights.initialise import spectrum
 from lrcompile.weights.layers import AdoptedModule
 from lrcompile.weights.library import as_dense
 from lrcompile.weights.plan import Entry, Plan, describe
-from lrcompile.words import fold
 
 
 def plan(
@@ -105,29 +104,28 @@ def refuse_adopted(model: nn.Module) -> None:
 
 
 def check_globs(model: nn.Module | list[nn.Module], recipe: Recipe) -> None:
-    """Raise PlanError for a glob that matches no parameter and no module of the model (or models), include no weight."""
+    """Raise PlanError for a glob that matches no parameter and no module of the model (or models), include and shares no weight.
+
+    Shares that are the preset's are nobody's mistake: there are models that call attention otherwise.
+    """
     models = model if isinstance(model, list) else [model]
-    held = [(plain_name(n), p.dim()) for m in models for n, p in m.named_parameters(remove_duplicate=False)]
-    names = [name for name, _ in held]
-    probe = Weight(tuple(names), (1, 1), torch.float32)
-    matrices = Weight(tuple(name for name, dim in held if dim > 1), (1, 1), torch.float32)
-    for option in ("include", "exclude"):
-        for glob in getattr(recipe, option):
-            if names and not probe.matches(glob):
-                deeper = f"; write {'*.' + glob!r} to match it at any depth" if probe.matches(f"*.{glob}") else ""
-                raise PlanError(
-                    f"{option}={glob!r} matches no module that holds a parameter, and no parameter{deeper}; "
-                    f"the model has {_owners(names)}"
-                )
-            if option == "include" and names and not matrices.matches(glob):
-                raise PlanError(f"include={glob!r} matches biases and norms only, no weight that could be adopted")
+    held = [(n, p.dim()) for m in models for names, p in _named(m) for n in names]
+    shares = () if recipe.has_preset_shares else [(f"shares[{glob!r}]", glob) for glob, _ in recipe.shares]
+    asked = [(f"{name}={glob!r}", glob) for name in ("include", "exclude") for glob in getattr(recipe, name)]
+    for told, glob in (*asked, *shares) if held else ():
+        found = [dim for name, dim in held if matches(name, glob)]
+        if not found:
+            raise PlanError(
+                f"{told} matches no module that holds a parameter, and no parameter{among([n for n, _ in held], glob)}"
+            )
+        if not told.startswith("exclude") and max(found) < 2:
+            raise PlanError(f"{told} matches biases and norms only, no weight that could be adopted")
 
 
-def _owners(names: Sequence[str], most: int = 8) -> str:
-    """The modules that own these parameters, repeated layers as one where there are many; raw parameters themselves."""
-    owners = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
-    owners = owners if len(owners) <= most else fold(owners)
-    return ", ".join(owners[:most]) + (", …" if len(owners) > most else "")
+def _named(model: nn.Module) -> Iterator[tuple[tuple[str, ...], nn.Parameter]]:
+    """Each parameter and its dense names."""
+    names = dense_names(model)
+    return ((names[id(p)], p) for p in model.parameters())
 
 
 def entry_of(w: Weight, recipe: Recipe) -> Entry:

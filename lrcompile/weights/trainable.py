@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
-import torch
 from torch import nn
 
 from lrcompile.errors import PlanError
-from lrcompile.graph.names import parameter_names, plain_name
-from lrcompile.passes import Weight
+from lrcompile.graph.names import among, dense_names, matches
 from lrcompile.weights.layers import AdoptedModule
 
 
 def check_trainable(model: nn.Module, globs: Sequence[str]) -> None:
     """Raise PlanError for a glob that matches no parameter of the model, nor a module that holds one."""
-    names = tuple(plain_name(n) for n, _ in model.named_parameters(remove_duplicate=False))
-    everything = Weight(names, (1, 1), torch.float32)
+    names = list(chain.from_iterable(dense_names(model).values()))
     for glob in globs:
-        if not everything.matches(glob):
-            raise PlanError(f"trainable={glob!r} matches no parameter, and no module that holds one")
+        if not any(matches(name, glob) for name in names):
+            raise PlanError(
+                f"trainable={glob!r} matches no parameter, and no module that holds one{among(names, glob)}"
+            )
 
 
 def freeze(model: nn.Module, trainable: Sequence[str]) -> None:
@@ -34,9 +34,9 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> None:
         for name, form in module.lr_forms
         for suffix, leaf in module.lr_parts(name).items()
     }
-    named = parameter_names(model)
+    named = dense_names(model)
     for p in model.parameters():
-        wanted = any(Weight(named[id(p)], (1, 1), p.dtype).matches(glob) for glob in trainable)
+        wanted = any(matches(name, trainable) for name in named[id(p)])
         p.requires_grad_(leaves.get(id(p), wanted))
         if not p.requires_grad:
             p.grad = None

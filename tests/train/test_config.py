@@ -255,6 +255,25 @@ def test_layout() -> None:
         dataclasses.replace(run, parallel=Parallel(replicate=3)).layout(4)
 
 
+@pytest.mark.parametrize(
+    "recipe", [RecipeTable(), RecipeTable(compression=4), RecipeTable(rank=8), RecipeTable(dense=True)]
+)
+def test_a_run_kept_before_there_were_shares_has_none(recipe: RecipeTable, tmp_path: Path) -> None:
+    """It goes on with the ranks that it had, where it is told so, or not at all."""
+    path, run = tmp_path / "config.json", Run(recipe=recipe)
+    save_resolved(run, path)
+    told = json.loads(path.read_text())
+    del told["run"]["recipe"]["shares"]
+    path.write_text(json.dumps(told))
+    if recipe.rank is not None or recipe.dense:  # nothing is shared: it is the same run
+        assert differences(load_resolved(path), run) == []
+        return
+    message = "recipe.shares was empty (as --recipe.shares and nothing after it), is not set"
+    assert differences(load_resolved(path), run) == [message]
+    uniform = dataclasses.replace(run, recipe=dataclasses.replace(recipe, shares={}))
+    assert differences(load_resolved(path), uniform) == []
+
+
 # --- kept with the run ------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,15 @@ from lrcompile.cost import device_named
 from lrcompile.errors import KernelError, LrcompileError, TrainError
 from lrcompile.graph.measure import saved_bytes
 from lrcompile.show import as_text
-from lrcompile.train.config import Data, Model, Optimizer, Parallel, RecipeTable, Run, Schedule
+from lrcompile.train.config import Data, Model, Optimizer, Parallel, RecipeTable, Run, Schedule, save_resolved
+from lrcompile.train.data import prepare
+from lrcompile.train.driver import train
 from lrcompile.train.dry_run import dry_run, on_meta, optimizer_bytes
 from lrcompile.train.language import check_length, layers
 from lrcompile.train.measure import flops_per_token, measure
 
 from ..helpers import VOCAB, LanguageModel, tiny_llama
+from .helpers_data import write_lines
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 64}
 CONFIG |= {"intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -267,6 +271,54 @@ def test_what_is_refused(tmp_path: Path) -> None:
     check_length(LanguageModel(), 10**6)  # nothing is known of its positions
     with pytest.raises(LrcompileError, match="no such file or directory: gone"):
         dry_run(make_run(tmp_path, model=Model(source="gone")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": Optimizer(rates={"*attn_*": 2.0})}, r"rates\['\*attn_\*'\]: no trained parameter matches it"),
+        ({"optimizer": Optimizer(rates={"*.weight_b": 2.0})}, "would split pairs"),
+        ({"optimizer": Optimizer(name="spectron"), "recipe": RecipeTable(dense=True)}, "spectron trains pairs"),
+        ({"recipe": RecipeTable(shares={"*.mpl": 2.0})}, r"shares\['\*.mpl'\] matches no module"),
+        ({"recipe": RecipeTable(rank=8, shares={"*": 2.0})}, "shares are of a total"),
+        ({"recipe": RecipeTable(rank=8, trainable=("*.nrom",))}, "trainable='\\*.nrom' matches no parameter"),
+        ({"recipe": RecipeTable(rank=8, init="data")}, "init='data' keeps what a trained model makes of data"),
+        (
+            {
+                "recipe": RecipeTable(preset="finetune", weights="dense", trainable=("*norm*",)),
+                "model": "bfloat16",
+                "parallel": Parallel(precision="float32"),
+            },
+            "bfloat16 and float32 parameters are trained side by side",
+        ),
+        ({"data": "train"}, "has a vocabulary of 257 tokens, and the model 64"),
+    ],
+)
+def test_what_the_run_refuses_the_dry_run_does(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """In the same words."""
+    write_lines(tmp_path / "a.jsonl", [{"text": "a few words " * 40}] * 20)
+    prepare([tmp_path / "a.jsonl"], tmp_path / "data", "bytes", workers=1)
+    run = make_run(tmp_path, out=str(tmp_path / "out"))
+    given = {**changes, "data": Data(train=str(tmp_path / "data/train"), length=16)}
+    if "data" not in changes:  # so that the data isn't what is wrong
+        (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 320}))
+    if "model" in changes:
+        given["model"] = dataclasses.replace(run.model, dtype=changes["model"])
+    run = dataclasses.replace(run, **given)
+    for start in (dry_run, train):
+        with pytest.raises(LrcompileError, match=message):
+            start(run)
+
+
+def test_what_is_there_already_is_told(tmp_path: Path) -> None:
+    """A directory with a run is no reason not to tell what another would be; but one that is to go on has to be this one."""
+    run = make_run(tmp_path, out=str(tmp_path / "out"), data=Data(train="absent", length=16))
+    (tmp_path / "out").mkdir()
+    assert dry_run(run).notes[-1] == "data.train='absent' isn't there yet: `lrcompile data` writes it"
+    save_resolved(dataclasses.replace(run, seed=1), tmp_path / "out" / "config.json")
+    assert "holds a run: --resume goes on with it" in dry_run(run).notes[0]
+    with pytest.raises(TrainError, match="is of another run: seed was 1, is 0"):
+        dry_run(run, resume=True)
 
 
 def test_a_directory_is_read_for_its_config_alone(tmp_path: Path) -> None:

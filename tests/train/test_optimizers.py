@@ -118,18 +118,36 @@ def test_groups() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_rates_of_some_parameters(name: str) -> None:
     model = adopted(exclude=("blocks.1.*",))
-    rates = {"blocks.0": 0.5, "*.down": 0.25, "*.weight_a": 3.0, "head": 2.0}
+    rates = {"blocks.0": 0.5, "*.down": 0.25, "*.up.weight": 3.0, "head": 2.0}
     made = optimizers(model, name, lr=1e-3, factor_lr=1e-2, rates=rates)
     assert sorted(held(made)) == sorted(id(p) for p in model.parameters())
     rate = {id(p): g["base_lr"] for o in made for g in o.param_groups for p in g["params"]}
     assert rate[id(model.blocks[0].up.weight_a)] == rate[id(model.blocks[0].up.weight_b)] == 0.5e-2
     assert rate[id(model.blocks[0].down.weight_b)] == 0.5e-2  # the first glob that matches
     assert rate[id(model.blocks[2].down.weight_b)] == 0.25e-2
-    assert rate[id(model.blocks[1].down.weight)] == 0.25e-3 and rate[id(model.blocks[1].up.weight)] == 1e-3
-    assert rate[id(model.blocks[2].up.weight_b)] == 3e-2  # a pair goes by its weight_a
-    for wrong in ({"*.attn": 0.5}, {"*": 1.0, "head": 2.0}):
-        with pytest.raises(TrainError, match="rates: no trained parameter matches '(\\*.attn|head)'"):
-            optimizers(model, name, lr=1e-3, rates=wrong)
+    assert rate[id(model.blocks[1].down.weight)] == 0.25e-3 and rate[id(model.blocks[1].up.weight)] == 3e-3
+    up = model.blocks[2].up  # a pair goes by its weight's name, both sides alike
+    assert rate[id(up.weight_a)] == rate[id(up.weight_b)] == 3e-2 and rate[id(up.bias)] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"*.attn": 0.5}, r"rates\['\*.attn'\]: no trained parameter matches it; the model has embed, blocks.0.up, "),
+        ({"up": 0.5}, r"rates\['up'\]: no trained parameter matches it; write '\*.up' to match it at any depth"),
+        ({"*.Up": 0.5}, r"rates\['\*.Up'\]: no trained parameter matches it"),
+        ({"*.norm": 0.5}, r"rates\['\*.norm'\]: no trained parameter matches it"),  # frozen
+        ({"*": 1.0, "head": 2.0}, r"rates\['head'\]: every trained parameter that matches it goes by a glob before it"),
+        ({"*.weight_a": 3.0}, r"rates\['\*.weight_a'\] would split pairs.* name their weight, as '\*.weight'"),
+        ({"*.up.*_b": 3.0}, r"rates\['\*.up.\*_b'\] would split pairs"),
+    ],
+)
+def test_rates_that_would_do_nothing_or_split_a_pair_are_refused(rates: dict[str, float], message: str) -> None:
+    model = adopted()
+    for block in model.blocks:
+        block.norm.requires_grad_(False)
+    with pytest.raises(TrainError, match=message):
+        optimizers(model, "adamw", lr=1e-3, rates=rates)
 
 
 def test_a_pair_beside_a_base_brings_its_scale() -> None:

@@ -54,9 +54,7 @@ def add_parser(commands: Any) -> None:
     text.add_argument("--field", metavar="FIELD", help='the rows\' text (default "text")')
     text.add_argument("--separator", metavar="TEXT", help=r"cuts .txt files into documents; \n is a line break")
     asked = parser.add_argument_group("prompts and completions")
-    parser.add_argument(
-        "--kind", choices=("text", "prompts"), default="text", help="prompts: loss on completions alone"
-    )
+    parser.add_argument("--kind", choices=("text", "prompts"), help="prompts: loss on completions alone (default text)")
     asked.add_argument("--prompt", metavar="FIELD", help='default "prompt"')
     asked.add_argument("--completion", metavar="FIELD", help='default "completion"')
     asked.add_argument("--template", metavar="TEXT", help=r"the prompt made of fields: 'Q: {question}\nA:'")
@@ -84,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
 
     roles = {"text": args.field, "prompt": args.prompt, "completion": args.completion}
     fields = {role: name for role, name in roles.items() if name is not None}
+    if args.tasks is not None and args.kind is not None:
+        raise TrainError("--kind is of SOURCE, and --tasks decide it themselves: they are prompts; leave --kind out")
     if args.kind == "prompts" and args.separator is not None:
         raise TrainError("--separator is for plain text; prompts come a row each")
     names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
             args.sources,
             args.out,
             args.tokenizer,
-            kind=args.kind,
+            kind=args.kind or "text",
             fields=fields,
             template=_unescaped(args.template),
             separator=_unescaped(args.separator),

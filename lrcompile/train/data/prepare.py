@@ -27,7 +27,7 @@ from lrcompile.files import sha256
 from lrcompile.train.data.documents import PROMPTS, Piece, Reading
 from lrcompile.train.data.questions import task_sources
 from lrcompile.train.data.shards import INDEX, PROGRESS, Shards, open_shard, read_index
-from lrcompile.train.data.sources import Source, find_sources, read
+from lrcompile.train.data.sources import DATASET, LINES, PARQUET, TEXT, Source, find_sources, read
 from lrcompile.train.data.tokens import FILE, SETTINGS, Tokenizer, load_tokenizer, saved_tokenizer, train_bpe
 from lrcompile.train.data.write import Part, commit_json, disk_errors_told
 
@@ -103,6 +103,7 @@ def prepare(
     found = task_sources(tasks, Path(data or ".")) if tasks else find_sources(sources)
     if kind == PROMPTS and (plain := [s for s in found if s.kind == "text"]):
         raise TrainError(f"{plain[0].path} is plain text: it has no prompts and completions; give .jsonl or .parquet")
+    _check_used(found, fields, separator)
     names = ["train", "validation"] if validation or tasks else ["train"]
     target = Path(out)
     known = None if tokenizer.startswith("bpe:") else load_tokenizer(tokenizer, end_token)
@@ -128,6 +129,17 @@ def prepare(
         job.start(known)
         job.run(workers, progress)
         job.finish()
+
+
+def _check_used(found: Sequence[Source], fields: Mapping[str, str] | None, separator: str | None) -> None:
+    """Raise TrainError for an option that none of the sources would be read by."""
+    kinds = {source.kind for source in found}
+    if separator == "":
+        raise TrainError("separator is empty, and cuts nothing: leave it out, or say what stands between two documents")
+    if separator is not None and TEXT not in kinds:
+        raise TrainError("separator cuts .txt files into documents, and there is none among the sources: leave it out")
+    if fields and not kinds & {LINES, PARQUET, DATASET}:
+        raise TrainError("fields (--field) are of rows, and there is no .jsonl, .parquet or dataset: leave them out")
 
 
 def _check_tasks(

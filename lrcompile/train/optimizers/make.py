@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from lrcompile.errors import TrainError
-from lrcompile.graph.names import plain_name
+from lrcompile.graph.names import among, dense_names, matches, parameter_names
 from lrcompile.train.optimizers.adamw8bit import adamw8bit
 from lrcompile.train.optimizers.groups import Pair, flat, roles
 from lrcompile.train.optimizers.muon import Muon
@@ -63,8 +62,8 @@ def optimizers(
         factor_lr: of the pairs: a number; or a function of a Pair, for a rate that depends on its rank. None: lr, and for
             Spectron SPECTRON_LR: its rate is the spectral norm that one step may change a product by, hundreds of times AdamW's.
         matrix_lr: of the dense matrices that Muon moves; None: lr, which Muon scales to the size of AdamW's steps.
-        rates: globs of parameters, and what their learning rate is multiplied by: {"*attn*": 0.3}. A glob matches a parameter's
-            name, or that of a module around it, and a parameter goes by the first that does.
+        rates: globs of parameters (`lrcompile.graph.names.matches`: both sides of a pair go by their weight's name), and what
+            their learning rate is multiplied by: {"*attn*": 0.3}. A parameter goes by the first that matches it.
         betas, eps: AdamW's.
         weight_decay: of dense matrices, decoupled.
         product_decay: of the pairs' products, decoupled.
@@ -117,15 +116,23 @@ def _times(model: nn.Module, rates: Mapping[str, float]) -> dict[int, float]:
     """What the learning rates of parameters are multiplied by, by id; those that no glob matches aside."""
     found: dict[int, float] = {}
     used: set[str] = set()
-    for name, p in model.named_parameters(remove_duplicate=False):
-        parts = plain_name(name).split(".")
-        called = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-        glob = next((glob for glob in rates if any(fnmatchcase(c, glob) for c in called)), None)
-        if glob is not None and p.requires_grad:
+    names, trained = dense_names(model), [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        glob = next((glob for glob in rates if any(matches(name, glob) for name in names[id(p)])), None)
+        if glob is not None:
             used.add(glob)
-            found.setdefault(id(p), rates[glob])
-    if left := [glob for glob in rates if glob not in used]:
-        raise TrainError(f"rates: no trained parameter matches {left[0]!r}, or all that do match a glob before it")
+            found[id(p)] = rates[glob]
+    if left := next((glob for glob in rates if glob not in used), None):
+        known = [name for p in trained for name in names[id(p)]]
+        if any(matches(name, left) for name in known):
+            raise TrainError(f"rates[{left!r}]: every trained parameter that matches it goes by a glob before it")
+        sides = [name for p in trained for name in parameter_names(model)[id(p)] if name not in names[id(p)]]
+        if any(matches(name, left) for name in sides):
+            weight = left.removesuffix("_a").removesuffix("_b")
+            raise TrainError(
+                f"rates[{left!r}] would split pairs, whose sides have one rate: name their weight, as {weight!r}"
+            )
+        raise TrainError(f"rates[{left!r}]: no trained parameter matches it{among(known, left)}")
     return found
 
 
