@@ -95,7 +95,7 @@ def _refuse_nothing(ctx: PassContext) -> None:
 
 def _check_shares(chosen: list[Weight], ctx: PassContext) -> list[str]:
     """The globs of `shares` that decide about no weight: an error where they are the user's and all the model is seen."""
-    globs = [glob for glob, _ in ctx.recipe.shares]
+    globs = list(dict(ctx.recipe.shares))
     firsts = {next((glob for glob in globs if w.matches(glob)), None) for w in chosen}
     notes = [f"shares[{glob!r}]: no selected weight matches it" for glob in globs if glob not in firsts]
     if notes and not ctx.recipe.has_preset_shares and ctx.other_bytes is not None:

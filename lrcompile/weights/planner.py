@@ -110,7 +110,7 @@ def check_globs(model: nn.Module | list[nn.Module], recipe: Recipe) -> None:
     """
     models = model if isinstance(model, list) else [model]
     held = [(n, p.dim()) for m in models for names, p in _named(m) for n in names]
-    shares = () if recipe.has_preset_shares else [(f"shares[{glob!r}]", glob) for glob, _ in recipe.shares]
+    shares = () if recipe.has_preset_shares else [(f"shares[{glob!r}]", glob) for glob in dict(recipe.shares)]
     asked = [(f"{name}={glob!r}", glob) for name in ("include", "exclude") for glob in getattr(recipe, name)]
     for told, glob in (*asked, *shares) if held else ():
         found = [dim for name, dim in held if matches(name, glob)]
