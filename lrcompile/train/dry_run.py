@@ -243,8 +243,6 @@ def _start(run: Run, model: nn.Module, resume: bool) -> list[str]:
         notes.append(str(error))
     if run.data.train and Path(run.data.train).exists():
         check_vocabulary(model, read_data(run, "sizes")[0])
-    elif run.data.train:
-        notes.append(f"data.train={run.data.train!r} isn't there yet: `lrcompile data` writes it")
     return notes
 
 
