@@ -114,11 +114,14 @@ def _read_amd(asm: dict[str, Any]) -> tuple[int, int, bool]:
     return used["vgpr_count"], 4 * used["vgpr_spill_count"], "v_mfma" in text
 
 
-def shipped(families: Sequence[str], workers: int | None = None) -> Iterator[dict[str, Any]]:
+def shipped(
+    families: Sequence[str], targets: Sequence[str] = (), workers: int | None = None
+) -> Iterator[dict[str, Any]]:
     """Compile every row of these families' tuning tables, for every target it is shipped for.
 
     Args:
         families: whose FAMILY_triton.py has a function `specimen(kernel, row)` that gives the Specimen of a row.
+        targets: "sm_90" and others, these alone; all where none is named.
         workers: processes that share the work; as many as there are cores unless told.
 
     Yields:
@@ -130,6 +133,7 @@ def shipped(families: Sequence[str], workers: int | None = None) -> Iterator[dic
         for kernel, rows in table(family).items()
         for row in rows
         for arch in row["arch"]
+        if not targets or arch in targets
     ]
     # Spawned: a forked child would inherit the state of the compiler's threads.
     with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
@@ -144,6 +148,7 @@ def _compile_row(job: tuple[str, str, dict[str, Any], str]) -> dict[str, Any]:
     return {"family": family, "kernel": kernel, **told, **asdict(resources), "fits": resources.fits}
 
 
-if __name__ == "__main__":  # python -m lrcompile.kernels.aot FAMILY ...: a JSON object a line
-    for line in shipped(sys.argv[1:]):
+if __name__ == "__main__":  # python -m lrcompile.kernels.aot FAMILY ... TARGET ...: a JSON object a line
+    named = [word for word in sys.argv[1:] if word in cost.SHARED_BYTES]
+    for line in shipped([word for word in sys.argv[1:] if word not in named], named):
         print(json.dumps(line), flush=True)

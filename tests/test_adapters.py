@@ -100,7 +100,9 @@ def test_frozen_for_inference_it_still_fits(saved: Path) -> None:
     model, other = finetuned(), finetuned().requires_grad_(False)
     lrcompile.load_adapter(model, saved)
     lrcompile.load_adapter(other, saved)
-    assert torch.equal(other(*IDS), model(*IDS)) and not any(p.requires_grad for p in other.parameters())
+    # Without gradients torch may take other kernels, which round otherwise on some processors.
+    torch.testing.assert_close(other(*IDS), model(*IDS).detach())
+    assert not any(p.requires_grad for p in other.parameters())
 
 
 def test_the_optimizer_goes_on(saved: Path) -> None:
