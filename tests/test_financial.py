@@ -75,7 +75,7 @@ def test_the_walkthrough(place: Path, only: list[str]) -> None:
         "finetune": [*few, "--model.source", "tiny"],
         "examples/financial/regimes.py": [*few, "--model", "tiny", "--only", "untuned", *only],
         "eval": ["--limit", "4"],
-        "executorch": ["--max-length", "64"],
+        "executorch": ["--max-length", "256"],
         "generate": ["--max-tokens", "4"],
     }
     printed = {}
