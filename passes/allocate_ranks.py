@@ -186,9 +186,8 @@ def _search(chosen: list[Weight], ctx: PassContext) -> None:
 
     def rank(w: Weight, share: float) -> int:
         exact = share * times[w.key] * w.numel / w.pair_numel(1)
-        return round_to_tile(
-            min(exact, 2 * _limit(w)), _most(w, recipe), multiple
-        )  # no share is too large to be rounded
+        # Cut before it is rounded: a share may be too large for that.
+        return round_to_tile(min(exact, 2 * _limit(w)), _most(w, recipe), multiple)
 
     def total(share: float) -> int:
         return sum(_cost(w, recipe, rank(w, share)) for w in chosen)

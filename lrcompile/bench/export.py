@@ -88,7 +88,7 @@ def _file(folder: Path, model: str, config: Any, recipe: Recipe | None, form: st
 
     name = f"{config.model_type}-{config.num_hidden_layers}x{config.hidden_size}-{model}-{form}-{length}"
     path, told = folder / f"{name}.pte", folder / f"{name}.json"
-    if not told.exists():
+    if not (told.exists() and path.exists()):
         built = random_model(config, recipe)
         numbers, start = sum(p.numel() for p in built.parameters()), time.perf_counter()
         made = export_executorch(built, path, form=form, max_length=length)
