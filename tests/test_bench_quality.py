@@ -12,7 +12,7 @@ import pytest
 
 from lrcompile.bench import main as bench
 from lrcompile.bench.twins import label, read
-from lrcompile.errors import TrainError
+from lrcompile.errors import LrcompileError, TrainError
 from lrcompile.train import driver, lines
 from lrcompile.train.log import RunLog
 from tests.train.runs import write_data
@@ -144,6 +144,14 @@ def test_a_rate_that_diverges_is_told_and_not_chosen(config: Path, tmp_path: Pat
         dense = json.loads((out / "quality.json").read_text())["variants"][0]
         assert dense["choice"] == {"optimizer.lr": 1e-3}
         assert dense["tried"][0]["loss"] is None
+
+
+def test_a_variant_that_could_not_start_is_refused_before_another_is_trained(config: Path, tmp_path: Path) -> None:
+    for changes in ('optimizer.rates = { "*atn*" = 2.0 }', 'recipe.exclude = ["*atn*"]'):
+        config.write_text(TWINS.format(tmp_path).replace("recipe.rank = 4", f"recipe.rank = 4\n{changes}"))
+        with pytest.raises(LrcompileError, match=r"variant pairs: .*\*atn\*"):
+            bench(["quality", str(config), "--out", str(tmp_path / "out")])
+        assert not (tmp_path / "out").exists()
 
 
 def test_quick_takes_a_small_part(config: Path, tmp_path: Path) -> None:

@@ -22,11 +22,12 @@ import torch
 
 from lrcompile.bench.outcome import Outcome, Tried, best_dense, table, told, write
 from lrcompile.bench.twins import Choice, Twins, Variant, label, read
-from lrcompile.errors import TrainError
+from lrcompile.errors import LrcompileError, TrainError
 from lrcompile.show import show
 from lrcompile.train import history, lines
 from lrcompile.train.config import load_resolved, settings
 from lrcompile.train.driver import train
+from lrcompile.train.dry_run import dry_run
 from lrcompile.train.history import History
 from lrcompile.train.settings import Run
 from lrcompile.train.start import CHECKPOINTS, CONFIG
@@ -62,6 +63,7 @@ class Comparison:
         """Train all; what they came to, in the file's order."""
         plain = [v for v in self.twins.variants if v.like is None]
         first, *others = self.twins.seeds
+        self._refuse_early(plain)
         for variant in plain:
             tried = [
                 Tried(choice, self._train(variant, variant.chosen(choice), choice, first)) for choice in variant.grid
@@ -73,6 +75,22 @@ class Comparison:
         for variant in self.twins.variants[len(plain) :]:
             self._longer(variant)
         return list(self.outcomes.values())
+
+    def _refuse_early(self, variants: list[Variant]) -> None:
+        """Raise what a variant's run would raise at its start, before hours have gone into the others."""
+        known = set()
+        for variant in variants:
+            if all(_ended(self._place(variant, choice, self.twins.seeds[0])) for choice in variant.grid):
+                continue  # it did start
+            for run in map(variant.chosen, variant.grid):
+                asked = repr((run.recipe, run.optimizer.name, run.optimizer.rates, run.model))
+                if asked in known:
+                    continue
+                known.add(asked)
+                try:
+                    dry_run(run)
+                except LrcompileError as error:
+                    raise type(error)(f"variant {variant.name}: {error}") from error
 
     def _all_seeds(self, variant: Variant, outcome: Outcome, seeds: list[int]) -> None:
         if not outcome.runs:

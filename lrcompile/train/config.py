@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import os
 import re
@@ -87,6 +88,7 @@ def read(command: Command, argv: Sequence[str]) -> tuple[Run, Flags]:
     parts = [("run", Annotated[Run, unnamed]), ("flags", Annotated[Flags, unnamed, tyro.conf.FlagCreatePairsOff])]
     everything = make_dataclass("Everything", parts, frozen=True)
     argv, path = _take_path(argv)
+    _check_once(argv)
     start = Run.pretrain_defaults() if command == "pretrain" else Run.finetune_defaults()
     base = start if path is None else read_file(path, start)
     description = f"{_ABOUT[command]}\n\n{_HELP.format(command, _EXAMPLE[command])}"
@@ -115,6 +117,16 @@ def _take_path(argv: Sequence[str]) -> tuple[list[str], str | None]:
         rest.remove(named[0])
         return rest, named[0]
     return rest, None
+
+
+def _check_once(argv: Sequence[str]) -> None:
+    """Refuse a glob that stands twice: of both values, only the last would be taken."""
+    for option in ("--optimizer.rates", "--recipe.shares"):
+        if option in argv:
+            behind = argv[argv.index(option) + 1 :]
+            globs = [*itertools.takewhile(lambda word: not word.startswith("--"), behind)][::2]
+            if twice := next((glob for glob in globs if globs.count(glob) > 1), None):
+                raise TrainError(f"{option} {twice} stands there more than once; leave one of them")
 
 
 def _one_dial(base: RecipeTable, told: RecipeTable) -> RecipeTable:

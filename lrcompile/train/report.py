@@ -60,6 +60,8 @@ def _checked(out: str | Path | None) -> Path | None:
     """Refused before anything is drawn."""
     if out is not None and Path(out).suffix.lower() not in _SUFFIXES:
         raise TrainError(f"can't tell what to write to {out}: its name ends in neither {' nor '.join(_SUFFIXES)}")
+    if out is not None and not Path(out).parent.is_dir():
+        raise TrainError(f"can't write {out}: there is no directory {Path(out).parent}; make it first")
     return None if out is None else Path(out)
 
 

@@ -22,8 +22,8 @@ NVIDIA = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "targets",
-    [pytest.param(["sm_80", "sm_90", "sm_120", "gfx942"], marks=pytest.mark.important), sorted(cost.SHARED_BYTES)],
-    ids=["some", "every"],
+    [pytest.param(["sm_80", "sm_120"], marks=pytest.mark.important), sorted(cost.SHARED_BYTES)],
+    ids=["oldest and newest", "every"],
 )
 def test_shipped_tiles_fit_every_target(targets: list[str]):
     pytest.importorskip("triton")

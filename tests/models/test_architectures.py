@@ -23,9 +23,8 @@ ROUNDING = 1e-4
 FULL_RANK = Recipe(rank_ratio=1.0, require_saving=False)
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-some_cases = pytest.mark.parametrize(
-    "case", [c for c in CASES if c.name in ("llama", "gpt2", "torch_encoder")], ids=lambda case: case.name
-)
+SOME = [case for case in CASES if case.name in ("llama", "gpt2", "torch_encoder")]
+some_cases = pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +166,9 @@ def test_compiled_training_adopts_and_learns(case):
     check_training(case, inner="aot_eager")
 
 
-@some_cases
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=[] if c.name == "gpt2" else pytest.mark.slow) for c in SOME]
+)
 def test_training_through_inductor(case):
     check_training(case, inner="inductor")
 

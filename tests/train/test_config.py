@@ -171,6 +171,13 @@ def test_the_command_line_is_checked_likewise(tmp_path: Path, capsys: pytest.Cap
     assert "--optimizer.lr " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--optimizer.rates", "--recipe.shares"])
+def test_a_glob_that_is_given_twice(option: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match=rf"{option} \*attn\* stands there more than once"):
+        read("pretrain", [write(tmp_path), option, "*attn*", "2", "*mlp*", "1", "*attn*", "3", "--steps", "500"])
+    read("pretrain", [write(tmp_path), option, "*attn*", "2", "*mlp*", "2"])
+
+
 def test_what_is_missing_is_told() -> None:
     with pytest.raises(TrainError, match="model.source is not set"):
         read("pretrain", ["--data.train", "x"])

@@ -158,7 +158,7 @@ def test_ranks_agree_with_one_process(recipe: str, place: Path, tmp_path: Path) 
             assert torch.equal(two[name], value), name
 
 
-@pytest.mark.parametrize("recipe", ["pairs", "dense"])
+@pytest.mark.parametrize("recipe", ["pairs", pytest.param("dense", marks=pytest.mark.slow)])
 def test_compiled_blocks_train_as_eager_ones(recipe: str, place: Path, tmp_path: Path) -> None:
     command, more = RECIPES[recipe]
     assert main([command, *arguments(place, tmp_path / "eager", *more)]) == 0
