@@ -87,22 +87,26 @@ def _arrow(before: float, after: float, write: Any = count) -> str:
 def asked_note(plan: Plan) -> str:
     """What was asked and what was got, where the two differ; "" where they don't."""
     ranks = [e.rank for e in plan.adopted if e.rank is not None]
-    asked, got = "", ""
+    asked, got, more = "", "", ""
+    dense = [e for e in plan.entries if e.reason.startswith(NO_SAVING)]
     if (compression := plan.recipe.get("compression")) is not None:
-        asked, got = f"compression {compression:.2f}", f"{plan.compression:.2f}"
+        # What was asked is about all selected weights, those too that stayed dense because a pair would save nothing.
+        left = sum(e.dense_numel for e in dense)
+        before, after = left + sum(e.dense_numel for e in plan.adopted), left + sum(e.numel for e in plan.adopted)
+        asked, got = f"compression {compression:.2f}", f"{before / (after or 1):.2f}"
+        more = f", {plan.compression:.2f} over the others" if dense else ""
     elif (ratio := plan.recipe.get("rank_ratio")) is not None:
         found = [e.rank / min(e.shape) for e in plan.adopted if e.rank is not None] or [ratio]
         low, high = f"{min(found):.3g}", f"{max(found):.3g}"
         asked, got = f"rank_ratio {ratio:.3g}", low if low == high else f"{low} to {high}"
     elif (budget := plan.recipe.get("budget_bytes")) is not None:
         asked, got = f"budget_bytes {budget:,}", f"{plan.bytes[1]:,}"
-    if not ranks or asked.rpartition(" ")[2] == got:
+    if not ranks or (asked.rpartition(" ")[2] == got and not more):
         return ""
     tiles = sorted({tile(rank) for rank in ranks} - {1})
     why = f"multiples of {' and '.join(map(str, tiles))}" if tiles else "whole numbers"
-    dense = any(e.reason.startswith(NO_SAVING) for e in plan.entries)
-    more = "; weights that a pair would not make smaller stay dense" if dense else ""
-    return f"asked {asked}, got {got}: ranks are rounded to {why}{more}"
+    kept = f"; {len(dense)} weights that a pair would not make smaller stay dense{more}" if dense else ""
+    return f"asked {asked}, got {got}: ranks are rounded to {why}{kept}"
 
 
 def _plan_totals(plan: Plan, tokens: int | None) -> Table:

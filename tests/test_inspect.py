@@ -201,6 +201,24 @@ def test_what_was_asked_is_told_where_it_is_not_what_was_got():
     assert asked_note(plan) in as_text(plan_table(plan), 80)
 
 
+def test_what_was_got_counts_the_weights_that_stay_dense():
+    """As what was asked does: by importance, weights that need most of their ranks keep them all."""
+    model, decay = nn.Sequential(Stack(2, 128), nn.LayerNorm(128)), torch.exp(-torch.arange(128) / 8)
+    for weight in [p.data for p in model.parameters() if p.dim() == 2][1:]:
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        weight.copy_(u @ torch.diag(s * decay[: len(s)]) @ v)
+    plan = lrcompile.plan(model, (torch.randn(3, 128),), Recipe(compression=1.5, allocation="importance"))
+    left = [e for e in plan.entries if e.reason.startswith("a pair of rank")]
+    kept = sum(e.dense_numel for e in left)
+    total = (kept + sum(e.dense_numel for e in plan.adopted)) / (kept + sum(e.numel for e in plan.adopted))
+    assert left and total >= 1.5 and plan.compression - total > 0.1
+    note = asked_note(plan)
+    assert f"asked compression 1.50, got {total:.2f}" in note
+    assert note.endswith(
+        f"{len(left)} weights that a pair would not make smaller stay dense, {plan.compression:.2f} over the others"
+    )
+
+
 def test_breaks_are_noted(inputs):
     class Broken(Mlp):
         def forward(self, x):
