@@ -110,7 +110,7 @@ def measure(recipe: Recipe | None, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "perplexity": {name: perplexity(model, batches) for name, batches in held_out.items()},
         "error": sum(errors) / len(errors),
-        "numbers": made.compression,
+        "numbers": made.asked_compression,
         "bytes": made.byte_compression,
     }
 
@@ -123,7 +123,9 @@ def table_of(folder: Path) -> Table:
     told = {path.stem: json.loads(path.read_text()) for path in files}
     texts = list(dict.fromkeys(name for found in told.values() for name in found["perplexity"]))
     table = Table("variant", "numbers", "bytes", "error", *(f"perplexity, {t}" for t in texts), **PLAIN)
-    table.caption = "numbers, bytes: of the adopted weights, times fewer; error: mean relative error of the weights"
+    table.caption = (
+        "numbers: in the blocks' linear weights, times fewer; bytes: of those adopted; error: their mean relative error"
+    )
     for name, found in told.items():
         cells = [f"{found[k]:.2f}x" if k in found else "" for k in ("numbers", "bytes")]
         error = f"{found['error']:.4f}" if "error" in found else ""

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lrcompile.graph.names import plain_name
-from lrcompile.passes.allocate_ranks import NO_SAVING, tile
+from lrcompile.passes.allocate_ranks import tile
 from lrcompile.weights.factor import singular_values
 from lrcompile.weights.plan import group_name
 from lrcompile.words import change, count, fold_lines, size
@@ -88,13 +88,9 @@ def asked_note(plan: Plan) -> str:
     """What was asked and what was got, where the two differ; "" where they don't."""
     ranks = [e.rank for e in plan.adopted if e.rank is not None]
     asked, got, more = "", "", ""
-    dense = [e for e in plan.entries if e.reason.startswith(NO_SAVING)]
     if (compression := plan.recipe.get("compression")) is not None:
-        # What was asked is about all selected weights, those too that stayed dense because a pair would save nothing.
-        left = sum(e.dense_numel for e in dense)
-        before, after = left + sum(e.dense_numel for e in plan.adopted), left + sum(e.numel for e in plan.adopted)
-        asked, got = f"compression {compression:.2f}", f"{before / (after or 1):.2f}"
-        more = f", {plan.compression:.2f} over the others" if dense else ""
+        asked, got = f"compression {compression:.2f}", f"{plan.asked_compression:.2f}"
+        more = f", {plan.compression:.2f} over the others" if plan.left else ""
     elif (ratio := plan.recipe.get("rank_ratio")) is not None:
         found = [e.rank / min(e.shape) for e in plan.adopted if e.rank is not None] or [ratio]
         low, high = f"{min(found):.3g}", f"{max(found):.3g}"
@@ -105,7 +101,7 @@ def asked_note(plan: Plan) -> str:
         return ""
     tiles = sorted({tile(rank) for rank in ranks} - {1})
     why = f"multiples of {' and '.join(map(str, tiles))}" if tiles else "whole numbers"
-    kept = f"; {len(dense)} weights that a pair would not make smaller stay dense{more}" if dense else ""
+    kept = f"; {len(plan.left)} weights that a pair would not make smaller stay dense{more}" if plan.left else ""
     return f"asked {asked}, got {got}: ranks are rounded to {why}{kept}"
 
 

@@ -21,8 +21,7 @@ from lrcompile.graph.names import among
 from lrcompile.passes.contract import PassContext, PassResult, Weight, graph_pass
 from lrcompile.recipe import Recipe
 from lrcompile.weights.formats import format_of
-
-NO_SAVING = "a pair of rank"  # how the reason begins of a weight that stays dense because its pair would be no smaller
+from lrcompile.weights.plan import NO_SAVING
 
 
 @graph_pass(exact=True, weight_pass=True)

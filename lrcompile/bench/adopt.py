@@ -30,6 +30,6 @@ def run(*, quick: bool = False) -> None:
     table.add_row("plan, seconds", f"{planned - start:.1f}")
     table.add_row("factorize and install, seconds", f"{done - planned:.1f}")
     table.add_row("in all, seconds", f"{done - start:.1f}")
-    table.add_row("linear weights compressed", f"{plan.compression:.2f}x")
+    table.add_row("linear weights compressed", f"{plan.asked_compression:.2f}x")
     table.add_row("parameters", f"{before:,} -> {after:,}")
     Console().print(table)

@@ -125,7 +125,7 @@ def measure(size: Size, folder: Path) -> Measured:
     told = [e for e in lines.entries(folder / "out" / lines.NAME) if e["kind"] == "step"][COLD:]
     found.wall.driver = [e["seconds"] for e in told]
     parameters = sum(p.numel() for p in found.model.parameters())
-    compression = found.built.plan.compression if found.built.plan else 1.0
+    compression = found.built.plan.asked_compression if found.built.plan else 1.0
     return Measured(found.wall, found.cpu, [e["waited"] for e in told], parameters, compression)
 
 

@@ -119,7 +119,7 @@ def compression(variant: Variant) -> float | None:
         return None
     built = build(run.model.source, run.recipe.make(), dtype=getattr(torch, run.model.dtype), length=run.data.length)
     assert built.plan is not None
-    return float(built.plan.compression)
+    return float(built.plan.asked_compression)
 
 
 def told(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

@@ -167,7 +167,7 @@ def _measure(case: Case, result: Compared, device: torch.device, quick: bool, se
     dense = _Trained(case, None, device, quick)
     ours = _Trained(case, Recipe.pretrain(**case.recipe), device, quick)
     assert ours.plan is not None
-    result.linear, result.whole = ours.plan.compression, dense.figures.parameters / ours.figures.parameters
+    result.linear, result.whole = ours.plan.asked_compression, dense.figures.parameters / ours.figures.parameters
     result.dense, result.ours = dense.figures, ours.figures
     ids = _warmed(case, result, (dense, ours), device)
     until = time.monotonic() + seconds

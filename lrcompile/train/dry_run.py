@@ -113,7 +113,7 @@ class Report:
         before, after = self.parameters
         table.add_row("parameters", change(before, after), f"{before:,} → {after:,}, of which {self.trained:,} trained")
         if self.plan is not None:
-            ratio = self.plan.byte_compression if self.plan.by_bytes else self.plan.compression
+            ratio = self.plan.byte_compression if self.plan.by_bytes else self.plan.asked_compression
             table.add_row("linear weights", f"{ratio:.2f}x", "fewer bytes" if self.plan.by_bytes else "fewer numbers")
         layout = f"{self.replicate} × {self.shard} ranks, {self.accumulate} × {self.rows} sequences of {run.data.length} each"
         table.add_row("a step", f"{count(self.tokens_per_step)} tokens", layout)

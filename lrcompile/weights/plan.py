@@ -19,6 +19,7 @@ from lrcompile.weights.form import Form
 from lrcompile.words import fold
 
 FORMAT = "lrcompile-plan/1"
+NO_SAVING = "a pair of rank"  # how the reason begins of a weight that stays dense because its pair would be no smaller
 
 
 @dataclass
@@ -126,6 +127,17 @@ class Plan:
     def adopted(self) -> list[Entry]:
         """The entries that don't stay dense."""
         return [e for e in self.entries if e.rank is not None or e.base is not None]
+
+    @property
+    def left(self) -> list[Entry]:
+        """The entries that were to become pairs, and stay dense because a pair would hold no fewer numbers."""
+        return [e for e in self.entries if e.reason.startswith(NO_SAVING)]
+
+    @property
+    def asked_compression(self) -> float:
+        """Numbers in the adopted weights and in those `left` before, over those after: what Recipe(compression=) asks for."""
+        after = sum(e.numel for e in (*self.adopted, *self.left))
+        return sum(e.dense_numel for e in (*self.adopted, *self.left)) / after if after else 1.0
 
     @property
     def compression(self) -> float:
