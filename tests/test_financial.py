@@ -59,7 +59,7 @@ def place(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "only", [pytest.param(["ours"], marks=pytest.mark.important), ["full", "lora", "qlora", "ours"]]
+    "only", [pytest.param(["ours"], marks=pytest.mark.important), ["full", "lora", "qlora", "ours", "half"]]
 )
 def test_the_walkthrough(place: Path, only: list[str]) -> None:
     """Its commands, in their order, with few steps; and of the regimes these."""
@@ -101,7 +101,7 @@ def test_the_walkthrough(place: Path, only: list[str]) -> None:
 def test_what_the_walkthrough_shows_is_there() -> None:
     there = {path.stem for path in RESULTS.glob("*.json")}
     assert there >= {"untuned", "full", "ours"}
-    assert all((RESULTS / name / "metrics.jsonl").is_file() for name in there - {"untuned"})
+    assert all((RESULTS / name / "metrics.jsonl").is_file() for name in there - {"untuned", "half"})
     assert (ROOT / "examples" / "financial" / "report.png").stat().st_size < 300_000
 
 
@@ -161,6 +161,15 @@ def test_a_table_by_hand(regimes: ModuleType, tmp_path: Path) -> None:
         and lines["mean of the general"][4] == "30.0"
     )
     assert "commonest: the accuracy of always giving" in text
+
+
+def test_half_shows_the_run_that_it_is_of(regimes: ModuleType, tmp_path: Path) -> None:
+    write_result(tmp_path, "ours", 0.7, {"weights": 100_000_000, "gradients": 20_000_000, "optimizer": 50_000_000})
+    write_result(tmp_path, "half", 0.6)
+    text = as_text(regimes.table(regimes.results(tmp_path)), 100)
+    lines = {line.split("  ")[0].strip(): line.split() for line in text.splitlines() if line.strip()}
+    assert lines["fpb (100)"][2:] == ["40.0", "70.0", "±", "2.0", "60.0", "±", "2.0"]
+    assert lines["all three"][-2:] == ["170", "170"]
 
 
 def test_files_without_the_commonest_label_are_shown_without_it(regimes: ModuleType, tmp_path: Path) -> None:
@@ -225,5 +234,13 @@ def test_what_is_done_is_not_done_again(regimes: ModuleType, tmp_path: Path) -> 
     assert finetune[0] == "finetune" and finetune[-2:] == ["--steps", "3"] and "--resume" in finetune
     assert evaluate[:2] == ["eval", str(tmp_path / "ours" / "merged")]
     assert [words[0] for words in regimes.commands("untuned", args, [])] == ["eval"]
+    export, evaluate = regimes.commands("half", args, [])
+    assert (
+        export[:2] == ["export", str(tmp_path / "ours" / "merged")]
+        and export[-4:] == "--untuned m --strength 0.5".split()
+    )
+    assert evaluate[1] == export[4] == str(tmp_path / "half" / "merged")
+    (tmp_path / "half" / "merged").mkdir(parents=True)
+    assert regimes.commands("half", args, []) == [evaluate]
     (tmp_path / "ours.json").write_text("{}")
     assert regimes.commands("ours", args, []) == []

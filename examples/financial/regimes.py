@@ -6,9 +6,11 @@
 README.md beside this file tells what comes before: the model and the data. What is there is not run again, and a run that was
 killed goes on. Options that aren't known here are given to `lrcompile finetune`.
 
+"half" is ours with half of what it changed (`lrcompile export --untuned`), which forgets less.
+
 "commonest" is the accuracy of always giving the label that is right most often among the rows that were scored.
 
-Of a regime the table reads OUT/REGIME.json (of `lrcompile eval`) and OUT/REGIME/metrics.jsonl.
+Of a regime the table reads OUT/REGIME.json (of `lrcompile eval`) and OUT/REGIME/metrics.jsonl; of half, ours.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from lrcompile.train.history import History, read
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "financial"
 UNTUNED = "untuned"
-REGIMES = {UNTUNED: "untuned", "full": "full", "lora": "LoRA", "qlora": "QLoRA", "ours": "ours"}
+REGIMES = {UNTUNED: "untuned", "full": "full", "lora": "LoRA", "qlora": "QLoRA", "ours": "ours", "half": "half of it"}
+RUNS = {"half": "ours"}  # whose run another one's is
 PARTS = ("weights", "gradients", "optimizer")
 TASKS = "fpb:300,fiqa:300,tfns:300,boolq:200,piqa:200,winogrande:200,arc_easy:200,openbookqa:200"
 
@@ -47,7 +50,11 @@ def commands(regime: str, args: argparse.Namespace, more: Sequence[str]) -> list
     model = args.model if regime == UNTUNED else str(run / "merged")
     if scores.is_file():
         return []
-    if regime != UNTUNED:
+    if regime in RUNS:
+        tuned, merged = args.out / RUNS[regime] / "merged", run / "merged"
+        if not merged.is_dir():
+            left.append(["export", str(tuned), "--to", "hf", str(merged), "--untuned", args.model, "--strength", "0.5"])
+    elif regime != UNTUNED:
         own = ["--model.source", args.model, "--out", str(run), "--resume"]
         left.append(["finetune", str(CONFIGS / f"{regime}.toml"), *own, *more])
     asked = ["--tasks", args.tasks, "--data", args.data, "--dtype", "bfloat16", "--json", str(scores)]
@@ -84,7 +91,7 @@ def results(folder: Path) -> dict[str, Result]:
             try:
                 scores = json.loads(path.read_text(encoding="utf-8"))
                 scores["tasks"], scores["means"]
-                found[regime] = Result(scores, None if regime == UNTUNED else read(folder / regime))
+                found[regime] = Result(scores, None if regime == UNTUNED else read(folder / RUNS.get(regime, regime)))
             except (ValueError, KeyError, TypeError) as error:
                 raise SystemExit(f"{path} is not what lrcompile eval --json writes ({error!r}); remove it") from None
             except TrainError as error:
@@ -170,8 +177,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--show", type=Path, metavar="DIR", help="print the table of a folder, and stop")
     args, more = parser.parse_known_args(argv)
     # They are for `lrcompile finetune`, which refuses those that it doesn't know: here nobody would see them.
-    if more and (args.show is not None or set(args.only) <= {UNTUNED}):
-        where = "--show" if args.show is not None else f"--only {UNTUNED}"
+    if more and (args.show is not None or set(args.only) <= {UNTUNED, *RUNS}):
+        where = "--show" if args.show is not None else f"--only {' '.join(args.only)}"
         parser.error(
             f"unrecognized arguments: {' '.join(more)} (they are given to lrcompile finetune, which {where} doesn't run)"
         )

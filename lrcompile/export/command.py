@@ -18,6 +18,7 @@ examples:
   lrcompile export ./adopted --base ./my-model --to executorch phone.pte     what lrcompile.save wrote; its pairs stay pairs
   lrcompile export ./my-model --adapter ./lora --to hf merged/               what peft saved, merged
   lrcompile export ./adopted --base ./my-model --to hf pairs/ --factored     its pairs, to be loaded through lrcompile
+  lrcompile export ./tuned --to hf milder/ --untuned ./my-model              half of what finetuning changed, and less forgotten
   lrcompile export model.gguf --to executorch phone.pte --quantise int8 --max-bytes 150MB"""
 _GENERATE_EXAMPLES = """\
 examples:
@@ -43,6 +44,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--factored", action="store_true", help="--to hf: keep the pairs; the directory tells how lrcompile loads it"
     )
+    parser.add_argument(
+        "--untuned", metavar="MODEL", help="what MODEL was finetuned from: keep a share of the change, to forget less"
+    )
+    parser.add_argument("--strength", type=float, metavar="S", help="with --untuned: that share (default 0.5)")
     phone = parser.add_argument_group("--to executorch")
     phone.add_argument("--quantise", choices=("8da4w", "int8", "none"), help="number format (default 8da4w)")
     phone.add_argument("--max-length", type=int, metavar="N", help="tokens of prompt and answer together (default 512)")
@@ -77,6 +82,10 @@ def _export(args: argparse.Namespace) -> int:
             raise ExportError("--factored goes with --to hf; in a .pte file pairs stay pairs anyway")
     elif args.quantise or args.max_length is not None or args.max_bytes:
         raise ExportError("--quantise, --max-length and --max-bytes go with --to executorch")
+    if args.strength is not None and args.untuned is None:
+        raise ExportError("--strength goes with --untuned MODEL, the model that this one was finetuned from")
+    if args.untuned is not None and args.factored:
+        raise ExportError("--untuned merges the pairs, and --factored keeps them; leave one of them out")
     from lrcompile.tasks.harness import offline
     from lrcompile.words import size
 
@@ -84,6 +93,10 @@ def _export(args: argparse.Namespace) -> int:
         from lrcompile.tasks.model import load_weights
 
         model = load_weights(args.model, base=args.base, adapter=args.adapter)
+        if args.untuned is not None:
+            from lrcompile.export.blend import blend
+
+            model = blend(model, load_weights(args.untuned), 0.5 if args.strength is None else args.strength)
         tokenizer = _tokenizer(args) if args.to == "hf" else None
     if args.to == "hf":
         from lrcompile.export.dense import export_factored, export_hf
