@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,26 +14,21 @@ from torch import nn
 
 from lrcompile import cost
 from lrcompile.errors import LrcompileError, TrainError
-from lrcompile.graph.names import parameter_names
 from lrcompile.kernels import launch
 from lrcompile.show import plan_table
 from lrcompile.sources import example_inputs, load_source, token_count
 from lrcompile.train.build import check
-from lrcompile.train.language import blocks, layers
+from lrcompile.train.held import gathered_bytes, local_numel, optimizer_bytes
+from lrcompile.train.language import blocks
 from lrcompile.train.measure import Measured, measure
 from lrcompile.train.optimizers import optimizers
 from lrcompile.train.parallel import apart, check_dtypes
 from lrcompile.train.settings import Run
 from lrcompile.train.start import check_out, check_vocabulary, read_data
 from lrcompile.weights.adopt import adopt
-from lrcompile.weights.layers import AdoptedModule
 from lrcompile.weights.plan import Plan
 from lrcompile.weights.planner import plan
 from lrcompile.words import change, count, size
-
-_QUANTISED_BLOCK = 256  # numbers that share a scale in torchao's AdamW8bit,
-_QUANTISED_LEAST = 4096  # and the smallest tensor that it quantises the states of
-_STATE = 4  # bytes of a number in the states that Muon and Spectron keep, whatever the parameter's dtype
 
 
 @dataclass
@@ -216,10 +209,10 @@ def dry_run(run: Run, world_size: int = 1, *, target: str | None = None, resume:
         accumulate=accumulate,
         parameters=(dense, after),
         trained=sum(p.numel() for p in trained),
-        weights=sum(_local(p, shard) * p.element_size() for p in model.parameters()),
-        gradients=sum(_local(p, shard) * p.element_size() for p in trained),
+        weights=sum(local_numel(p, shard) * p.element_size() for p in model.parameters()),
+        gradients=sum(local_numel(p, shard) * p.element_size() for p in trained),
         optimizer=sum(optimizer_bytes(model, run.optimizer.name, shard).values()),
-        gathered=_gathered(model, shard, precision),
+        gathered=gathered_bytes(model, shard, precision),
         measured=found,
         device=device,
         seconds=None,
@@ -284,65 +277,6 @@ def _of_gguf(path: Path) -> tuple[nn.Module, Any]:
     except Exception as error:
         raise LrcompileError(f"{path}: {type(error).__name__}: {error}") from error
     return model, example_inputs(model)
-
-
-# --- bytes ------------------------------------------------------------------------------------------------------------
-
-
-def _local(p: torch.Tensor, shard: int) -> int:
-    """Numbers that rank 0 holds of a parameter: fully_shard divides the first dimension, the last ranks getting less."""
-    if p.dim() == 0 or shard == 1:
-        return p.numel()
-    return -(-p.shape[0] // shard) * math.prod(p.shape[1:])
-
-
-def optimizer_bytes(model: nn.Module, name: str, shard: int = 1) -> dict[str, int]:
-    """Bytes that an optimizer keeps of each trained parameter, on rank 0 of those that share a copy.
-
-    adamw: two numbers of the parameter's dtype. adamw8bit: two bytes and the scales. muon: one fp32 number of each matrix in the
-    blocks. spectron: one of each side of a pair, and a vector as long as it has rows. What the last two leave is AdamW's.
-    """
-    pairs: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, AdoptedModule):
-            for weight, form in module.lr_forms:
-                if form.rank is not None and form.factors is None:
-                    parts = module.lr_parts(weight)
-                    pairs |= {id(parts["_a"]), id(parts["_b"])}
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    matrices = {id(p) for block in layers(model) for p in block.parameters() if p.dim() == 2} - embeddings
-    found: dict[str, int] = {}
-    for p, key in _trained(model):
-        numbers = _local(p, shard)
-        adamw = 2 * numbers * p.element_size()
-        if name == "spectron" and id(p) in pairs:
-            found[key] = _STATE * (numbers + _local(p[:, 0], shard))
-        elif name == "muon" and (id(p) in pairs or id(p) in matrices):
-            found[key] = _STATE * numbers
-        elif name == "adamw8bit" and numbers >= _QUANTISED_LEAST and numbers % _QUANTISED_BLOCK == 0:
-            found[key] = 2 * (numbers + 4 * numbers // _QUANTISED_BLOCK)
-        else:
-            found[key] = adamw
-    return found
-
-
-def _trained(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
-    names = parameter_names(model)
-    for p in model.parameters():
-        if p.requires_grad:
-            yield p, names[id(p)][0]
-
-
-def _gathered(model: nn.Module, shard: int, precision: torch.dtype) -> int:
-    def used(parameters: Any) -> int:
-        return sum(p.numel() * (precision.itemsize if p.is_floating_point() else p.element_size()) for p in parameters)
-
-    if shard == 1:
-        return used(p for p in model.parameters() if p.is_floating_point() and p.dtype != precision)
-    held = [list(block.parameters()) for block in layers(model)]
-    inside = {id(p) for layer in held for p in layer}
-    around = used(p for p in model.parameters() if id(p) not in inside)
-    return around + 2 * max(map(used, held), default=0)  # one computes while the next is fetched
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from lrcompile.show import as_text
 from lrcompile.train.config import Data, Model, Optimizer, Parallel, RecipeTable, Run, Schedule, save_resolved
 from lrcompile.train.data import prepare
 from lrcompile.train.driver import train
-from lrcompile.train.dry_run import dry_run, on_meta, optimizer_bytes
+from lrcompile.train.dry_run import dry_run, on_meta
+from lrcompile.train.held import optimizer_bytes
 from lrcompile.train.language import check_length, layers
 from lrcompile.train.measure import flops_per_token, measure
 
