@@ -90,8 +90,10 @@ def _export(args: argparse.Namespace) -> int:
     from lrcompile.words import size
 
     with offline():
-        from lrcompile.tasks.model import load_weights
+        from lrcompile.tasks.model import is_adopted, load_weights
 
+        if args.untuned is not None and is_adopted(args.untuned):
+            raise ExportError(f"{args.untuned} holds adopted weights: --untuned takes the dense model, as it was")
         model = load_weights(args.model, base=args.base, adapter=args.adapter)
         if args.untuned is not None:
             from lrcompile.export.blend import blend

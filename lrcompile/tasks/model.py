@@ -56,7 +56,7 @@ def load_weights(
     source: str, *, base: str | None = None, adapter: str | None = None, device: str | torch.device = "cpu"
 ) -> Any:
     """The model alone, as `load_model` gives it; also of a module:factory."""
-    saved = (Path(source) / MODEL.index).is_file()
+    saved = is_adopted(source)
     base = base or _own_base(source)
     if saved and base is None:
         raise EvalError(f"{source} holds adopted weights alone: say with --base which dense model they belong to")
@@ -85,10 +85,15 @@ def load_weights(
     return model.requires_grad_(False).eval().to(device)
 
 
+def is_adopted(source: str) -> bool:
+    """Whether lrcompile.save wrote it."""
+    return (Path(source) / MODEL.index).is_file()
+
+
 def _own_base(source: str) -> str | None:
     """The config that `lrcompile export --to hf --factored` writes beside the values."""
     config = Path(source) / "dense" / "config.json"
-    return str(config) if (Path(source) / MODEL.index).is_file() and config.is_file() else None
+    return str(config) if is_adopted(source) and config.is_file() else None
 
 
 def _dense(source: str, bare: bool) -> tuple[Any, Any]:

@@ -85,4 +85,7 @@ def test_the_command(tmp_path: Path) -> None:
         run("export", *given, tmp_path / "x", "--strength", "0.5")
     with pytest.raises(ExportError, match="leave one of them out"):
         run("export", *given, tmp_path / "x", "--untuned", tmp_path / "untuned", "--factored")
+    lrcompile.save(tiny(), tmp_path / "pairs")
+    with pytest.raises(ExportError, match="--untuned takes the dense model"):
+        run("export", *given, tmp_path / "x", "--untuned", tmp_path / "pairs")
     assert not (tmp_path / "x").exists()
