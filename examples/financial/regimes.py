@@ -6,7 +6,7 @@
 README.md beside this file tells what comes before: the model and the data. What is there is not run again, and a run that was
 killed goes on. Options that aren't known here are given to `lrcompile finetune`.
 
-"half" is ours with half of what it changed (`lrcompile export --untuned`), which forgets less.
+"half" is ours with half of what it changed (`lrcompile export --untuned`); what training held and took is ours'.
 
 "commonest" is the accuracy of always giving the label that is right most often among the rows that were scored.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -51,9 +52,8 @@ def commands(regime: str, args: argparse.Namespace, more: Sequence[str]) -> list
     if scores.is_file():
         return []
     if regime in RUNS:
-        tuned, merged = args.out / RUNS[regime] / "merged", run / "merged"
-        if not merged.is_dir():
-            left.append(["export", str(tuned), "--to", "hf", str(merged), "--untuned", args.model, "--strength", "0.5"])
+        tuned, words = args.out / RUNS[regime] / "merged", ["--untuned", args.model, "--strength", "0.5"]
+        left.append(["export", str(tuned), "--to", "hf", model, *words])
     elif regime != UNTUNED:
         own = ["--model.source", args.model, "--out", str(run), "--resume"]
         left.append(["finetune", str(CONFIGS / f"{regime}.toml"), *own, *more])
@@ -141,7 +141,8 @@ def table(found: dict[str, Result]) -> Group:
     row("numbers trained", (f"{run.facts['trained'] / 1e6:.1f}M" if run else "" for run in runs))
     row("tokens trained on", (f"{run.tokens[-1]:,.0f}" if run else "" for run in runs))
     row("seconds of training", (f"{run.seconds[-1]:.0f}" if run else "" for run in runs))
-    row("held-out loss", (f"{run.held_out[-1, 1]:.3f}" if run and len(run.held_out) else "" for run in runs))
+    own = [None if name in RUNS else run for name, run in zip(found, runs, strict=True)]
+    row("held-out loss", (f"{run.held_out[-1, 1]:.3f}" if run and len(run.held_out) else "" for run in own))
     notes = ["bytes: of a step, counted on the tensors"]
     if floors:
         notes.insert(0, "commonest: the accuracy of always giving the label that is right most often")
@@ -188,6 +189,8 @@ def main(argv: list[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         for regime in args.only:
             for words in commands(regime, args, more):
+                if words[0] == "export":  # what a killed one left is no model
+                    shutil.rmtree(args.out / regime, ignore_errors=True)
                 print("lrcompile", *words, flush=True)
                 if code := subprocess.run([sys.executable, "-m", "lrcompile", *words]).returncode:
                     raise SystemExit(code)

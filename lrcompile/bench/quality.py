@@ -83,7 +83,9 @@ class Comparison:
             if all(_ended(self._place(variant, choice, self.twins.seeds[0])) for choice in variant.grid):
                 continue  # it did start
             for run in map(variant.chosen, variant.grid):
-                asked = repr((run.recipe, run.optimizer.name, run.optimizer.rates, run.model))
+                asked = repr(
+                    (run.recipe, run.optimizer.name, run.optimizer.rates, run.model, run.micro_batch, run.parallel)
+                )
                 if asked in known:
                     continue
                 known.add(asked)

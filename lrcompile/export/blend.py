@@ -11,11 +11,17 @@ from lrcompile.weights.adopt import merge
 from lrcompile.weights.layers import AdoptedModule
 
 
+def check_strength(strength: float) -> None:
+    """Raise ExportError for a strength out of range."""
+    if not 0 < strength <= 1:
+        raise ExportError(f"strength={strength}: must be above 0, and 1 at most, which keeps all that was learned")
+
+
 @torch.no_grad()
 def blend(model: Any, untuned: Any, strength: float) -> Any:
     """Keep a share of what finetuning changed: untuned + strength · (model - untuned), weight by weight.
 
-    That is WiSE-FT (arXiv 2109.01903). A share of about a half has most of what was learned, and loses less of what was known.
+    That is WiSE-FT (arXiv 2109.01903). A share of about a half often has most of what was learned and loses less of the rest.
 
     Args:
         model: finetuned; adopted with bases, or dense. It is merged and changed in place.
@@ -28,8 +34,7 @@ def blend(model: Any, untuned: Any, strength: float) -> Any:
     Raises:
         ExportError: a strength out of range, other parameters, or weights that were replaced by pairs alone.
     """
-    if not 0 < strength <= 1:
-        raise ExportError(f"strength={strength}: must be above 0, and 1 at most, which keeps all that was learned")
+    check_strength(strength)
     adopted = [(name, m) for name, m in model.named_modules() if isinstance(m, AdoptedModule)]
     alone = [name for name, m in adopted for _, form in m.lr_forms if form.base is None]
     if alone:

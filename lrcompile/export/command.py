@@ -18,7 +18,7 @@ examples:
   lrcompile export ./adopted --base ./my-model --to executorch phone.pte     what lrcompile.save wrote; its pairs stay pairs
   lrcompile export ./my-model --adapter ./lora --to hf merged/               what peft saved, merged
   lrcompile export ./adopted --base ./my-model --to hf pairs/ --factored     its pairs, to be loaded through lrcompile
-  lrcompile export ./tuned --to hf milder/ --untuned ./my-model              half of what finetuning changed, and less forgotten
+  lrcompile export ./tuned --to hf milder/ --untuned ./my-model              half of what finetuning changed
   lrcompile export model.gguf --to executorch phone.pte --quantise int8 --max-bytes 150MB"""
 _GENERATE_EXAMPLES = """\
 examples:
@@ -44,9 +44,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--factored", action="store_true", help="--to hf: keep the pairs; the directory tells how lrcompile loads it"
     )
-    parser.add_argument(
-        "--untuned", metavar="MODEL", help="what MODEL was finetuned from: keep a share of the change, to forget less"
-    )
+    parser.add_argument("--untuned", metavar="MODEL", help="what MODEL was finetuned from: keep a share of the change")
     parser.add_argument("--strength", type=float, metavar="S", help="with --untuned: that share (default 0.5)")
     phone = parser.add_argument_group("--to executorch")
     phone.add_argument("--quantise", choices=("8da4w", "int8", "none"), help="number format (default 8da4w)")
@@ -86,6 +84,10 @@ def _export(args: argparse.Namespace) -> int:
         raise ExportError("--strength goes with --untuned MODEL, the model that this one was finetuned from")
     if args.untuned is not None and args.factored:
         raise ExportError("--untuned merges the pairs, and --factored keeps them; leave one of them out")
+    if args.untuned is not None:
+        from lrcompile.export.blend import check_strength
+
+        check_strength(0.5 if args.strength is None else args.strength)  # before two models are loaded
     from lrcompile.tasks.harness import offline
     from lrcompile.words import size
 

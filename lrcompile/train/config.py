@@ -120,8 +120,12 @@ def _take_path(argv: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def _check_once(argv: Sequence[str]) -> None:
-    """Refuse a glob that stands twice: of both values, only the last would be taken."""
-    for option in ("--optimizer.rates", "--recipe.shares"):
+    """Refuse a table that is given twice, or a glob in it: only the last would be taken."""
+    tables = ("--optimizer.rates", "--recipe.shares")
+    argv = [word for given in argv for word in (given.split("=", 1) if given.startswith(tables) else [given])]
+    for option in tables:
+        if argv.count(option) > 1:
+            raise TrainError(f"{option} stands there more than once; give all its globs behind one")
         if option in argv:
             behind = argv[argv.index(option) + 1 :]
             globs = [*itertools.takewhile(lambda word: not word.startswith("--"), behind)][::2]

@@ -131,7 +131,9 @@ class Plan:
     @property
     def left(self) -> list[Entry]:
         """The entries that were to become pairs, and stay dense because a pair would hold no fewer numbers."""
-        return [e for e in self.entries if e.reason.startswith(NO_SAVING)]
+        # Where a pair of rank 1 would be no smaller, nobody asked for one.
+        told = [e for e in self.entries if e.form is None and e.reason.startswith(NO_SAVING)]
+        return [e for e in told if not e.reason.startswith(f"{NO_SAVING} 1 ")]
 
     @property
     def asked_compression(self) -> float:

@@ -83,6 +83,8 @@ def test_the_command(tmp_path: Path) -> None:
         torch.testing.assert_close(between, (one + other) / 2)
     with pytest.raises(ExportError, match="--strength goes with --untuned"):
         run("export", *given, tmp_path / "x", "--strength", "0.5")
+    with pytest.raises(ExportError, match="strength=2.0: must be above 0"):
+        run("export", "nowhere", "--to", "hf", tmp_path / "x", "--untuned", "nowhere", "--strength", "2")
     with pytest.raises(ExportError, match="leave one of them out"):
         run("export", *given, tmp_path / "x", "--untuned", tmp_path / "untuned", "--factored")
     lrcompile.save(tiny(), tmp_path / "pairs")

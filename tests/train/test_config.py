@@ -175,6 +175,10 @@ def test_the_command_line_is_checked_likewise(tmp_path: Path, capsys: pytest.Cap
 def test_a_glob_that_is_given_twice(option: str, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match=rf"{option} \*attn\* stands there more than once"):
         read("pretrain", [write(tmp_path), option, "*attn*", "2", "*mlp*", "1", "*attn*", "3", "--steps", "500"])
+    with pytest.raises(TrainError, match=rf"{option} \*attn\* stands there more than once"):
+        read("pretrain", [write(tmp_path), f"{option}=*attn*", "2", "*attn*", "3"])
+    with pytest.raises(TrainError, match=f"{option} stands there more than once; give all its globs behind one"):
+        read("pretrain", [write(tmp_path), option, "*attn*", "2", option, "*mlp*", "2"])
     read("pretrain", [write(tmp_path), option, "*attn*", "2", "*mlp*", "2"])
 
 
