@@ -17,6 +17,7 @@ import lrcompile
 from lrcompile.errors import ExportError
 from lrcompile.export.budget import too_large, weigh
 from lrcompile.export.dense import export_factored, export_hf
+from lrcompile.export.quantise import GROUP, best_scales
 from lrcompile.export.unfold import Pair, unfold
 from lrcompile.weights.layers import AdoptedModule
 
@@ -114,6 +115,30 @@ def test_only_what_can_be_done_is_recommended() -> None:
     assert weigh(model, "8da4w") == weigh(filled, "8da4w")
     told = too_large(model, "int8", weigh(filled, "8da4w").total, weigh(model, "int8").total)
     assert "--quantise 8da4w makes it" in told
+
+
+def test_four_bit_scales_have_the_least_error_of_those_tried() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 128)
+    weight[0, :32] = 0
+    weight[1, :32] = torch.arange(-8, 24).clamp(-8, 7) / 4  # held to the bit by the scale that clamps nothing
+    groups = weight.unflatten(-1, (-1, GROUP))
+    widest = (groups.abs().amax(-1) / 7.5).clamp(min=1e-7)
+    widest[1, 0] = 0.25
+
+    def errors(scale: torch.Tensor) -> torch.Tensor:
+        codes = (groups / scale.unsqueeze(-1)).round().clamp(-8, 7)
+        return (groups - codes * scale.unsqueeze(-1)).square().sum(-1)
+
+    scale = best_scales(weight, widest)
+    assert (
+        torch.equal(scale.bfloat16().float(), scale)
+        and bool((scale > 0).all())
+        and bool((scale <= widest * 1.01).all())
+    )
+    ours, plain = errors(scale), errors(widest.bfloat16().float())
+    assert bool((ours <= plain).all()) and ours[0, 0] == ours[1, 0] == 0 and scale[1, 0] == 0.25
+    assert ours[2:].sum() < 0.9 * plain[2:].sum()
 
 
 def test_dense_directory(tmp_path: Path) -> None:
