@@ -28,7 +28,8 @@ _INT4 = getattr(torch, "int4")  # noqa: B009 (torch's stubs leave it out)
 
 FORMATS = ("8da4w", "int8", "none")
 GROUP = 32
-_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
+# Above 1 the largest positive number is 7 scales, where torchao's 7.5 is clamped.
+_SHARES = [1.0, *(share / 50 for share in range(30, 56))]  # a group of zeros keeps torchao's
 _INTS = {"8da4w": _INT4, "int8": torch.int8}
 
 
@@ -154,11 +155,11 @@ def _encode(weight: torch.Tensor, kind: torch.dtype, *, activations: bool) -> An
 
 
 def best_scales(weight: torch.Tensor, widest: torch.Tensor) -> torch.Tensor:
-    """Scales of least squared error, in bfloat16's numbers: of some shares of the one that clamps nothing, the best for each group.
+    """Scales of least squared error, in bfloat16's numbers: of shares of torchao's, the best for each group.
 
     Args:
         weight: (rows, columns).
-        widest: (rows, columns / GROUP), the scales that clamp nothing.
+        widest: (rows, columns / GROUP), torchao's scales: the largest number is 7.5 of them.
     """
     groups = weight.float().unflatten(-1, (-1, GROUP))
     best, least = torch.empty_like(widest, dtype=torch.float32), torch.full_like(widest, torch.inf, dtype=torch.float32)

@@ -134,7 +134,7 @@ def test_four_bit_scales_have_the_least_error_of_those_tried() -> None:
     assert (
         torch.equal(scale.bfloat16().float(), scale)
         and bool((scale > 0).all())
-        and bool((scale <= widest * 1.01).all())
+        and bool((scale <= widest * 1.11).all())
     )
     ours, plain = errors(scale), errors(widest.bfloat16().float())
     assert bool((ours <= plain).all()) and ours[0, 0] == ours[1, 0] == 0 and scale[1, 0] == 0.25
