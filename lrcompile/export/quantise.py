@@ -157,6 +157,8 @@ def _encode(weight: torch.Tensor, kind: torch.dtype, *, activations: bool) -> An
 def best_scales(weight: torch.Tensor, widest: torch.Tensor) -> torch.Tensor:
     """Scales of least squared error, in bfloat16's numbers: of shares of torchao's, the best for each group.
 
+    torchao has its own search (hqq_scale_only), for another norm and without the rounding; it leaves a little more error.
+
     Args:
         weight: (rows, columns).
         widest: (rows, columns / GROUP), torchao's scales: the largest number is 7.5 of them.
